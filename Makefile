@@ -1,0 +1,71 @@
+# Everything from a bare machine: `make demo` and `make test` create .venv, install torch and the
+# rest at the versions in constraints.txt, build fastreg in place and run it. Later calls reuse that.
+#
+#   PYTHON=python3.12   interpreter that creates the environment
+#   VENV=path           where the environment is (default .venv)
+#   VENV=               no environment: use PYTHON's own packages as they are, for instance a torch
+#                       built for this GPU; only fastreg itself is built and installed there
+#   ARGS="..."          passed on to `fastreg train`, `fastreg bench` or pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+BIN_PYTHON := $(PYTHON)
+READY := build/.ready
+else
+BIN_PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+PIP := $(BIN_PYTHON) -m pip --disable-pip-version-check
+INPUTS := constraints.txt setup.py pyproject.toml fastreg/_version.py $(wildcard csrc/*)
+
+.PHONY: help demo test bench build env clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train on real data and plot the comparison (about two minutes)"
+	@echo "make test    run the tests"
+	@echo "make bench   time a training step against its peers"
+	@echo "make build   create the environment and build fastreg in place"
+	@echo "make env     show what is installed, what is missing and why"
+	@echo "make clean   remove what the build made (keeps $(VENV))"
+	@echo "variables: PYTHON VENV ARGS FASTREG_CUDA=auto|0|1 (see the top of the Makefile)"
+
+demo: $(READY)
+	$(BIN_PYTHON) -m fastreg train $(ARGS)
+
+test: $(READY)
+	$(BIN_PYTHON) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN_PYTHON) -m fastreg bench $(ARGS)
+
+env: $(READY)
+	$(BIN_PYTHON) -m fastreg env $(ARGS)
+
+# While working on csrc: `python setup.py build_ext --inplace` recompiles only what changed.
+build: $(READY)
+
+ifeq ($(strip $(VENV)),)
+# No dependency is installed, so that no resolver touches the torch that is there.
+$(READY): $(INPUTS)
+	$(BIN_PYTHON) -c "import numpy, pybind11, setuptools, torch"
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@mkdir -p $(@D) && touch $@
+else
+# torch first and alone: what comes after finds it there and cannot pull in another one.
+$(READY): $(INPUTS) | $(VENV)/bin/pip
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt setuptools wheel pybind11
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,test]'
+	@touch $@
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+endif
+
+clean:
+	rm -rf build dist *.egg-info fastreg/*.so fastreg/_build_info.json $(READY)
