@@ -1,0 +1,52 @@
+"""The ops fastreg computes with: one folder each, a plain torch reference beside every fast form.
+
+Public functions check their arguments and call a private torch operator; they are not
+differentiable. Letters: S rows, m segments, I inputs, O outputs, C channels, P places, R rows of a
+normalisation, N features of a row.
+"""
+
+from __future__ import annotations
+
+if __name__ != "fastreg.kernels":
+    raise ImportError(
+        f"this folder is imported as fastreg.kernels, not as {__name__!r} (install fastreg, for "
+        "example with pip install -e ., and import fastreg.kernels)"
+    )
+
+from fastreg.kernels._registry import (
+    BACKENDS,
+    Candidate,
+    Implementation,
+    Op,
+    backend,
+    explain,
+    registry,
+)
+from fastreg.kernels.affine_sqnorm import affine_sqnorm
+from fastreg.kernels.gelu_double_backward import gelu_double_backward
+from fastreg.kernels.index_sqnorm import index_sqnorm
+from fastreg.kernels.normalize import normalize, normalize_backward, normalize_double_backward
+from fastreg.kernels.outer_apply import outer_apply
+from fastreg.kernels.outer_sqnorm import outer_sqnorm
+from fastreg.kernels.outer_sum import outer_sum
+from fastreg.kernels.segment_dot import segment_dot
+
+__all__ = [
+    "BACKENDS",
+    "Candidate",
+    "Implementation",
+    "Op",
+    "affine_sqnorm",
+    "backend",
+    "explain",
+    "gelu_double_backward",
+    "index_sqnorm",
+    "normalize",
+    "normalize_backward",
+    "normalize_double_backward",
+    "outer_apply",
+    "outer_sqnorm",
+    "outer_sum",
+    "registry",
+    "segment_dot",
+]
