@@ -1,0 +1,28 @@
+"""fastreg: explicit forms of SGD's implicit regularizers, computed in one batched pass.
+
+    loss = reg(loss)    # the same value; its gradient is that of loss + weight * mean_k ||g_k||^2
+"""
+
+from fastreg._version import __version__
+from fastreg.errors import FastregError, UnsupportedOperation
+from fastreg.graph_walk import trust
+from fastreg.kernels import backend, explain
+from fastreg.penalties import FisherTrace, GradNorm, Penalty
+from fastreg.regularizer import Regularizer
+from fastreg.stats import fisher_trace, micro_batch_grad_norms, per_sample_grad_norms
+
+__all__ = [
+    "FastregError",
+    "FisherTrace",
+    "GradNorm",
+    "Penalty",
+    "Regularizer",
+    "UnsupportedOperation",
+    "__version__",
+    "backend",
+    "explain",
+    "fisher_trace",
+    "micro_batch_grad_norms",
+    "per_sample_grad_norms",
+    "trust",
+]

@@ -1,0 +1,41 @@
+"""What a model must not be when fastreg attaches to it."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastreg.errors import FastregError
+from fastreg.recording import attached
+
+
+def check_model(model: object) -> None:
+    """Refuse models on which norms or penalties would be wrong without a word."""
+    if not isinstance(model, nn.Module):
+        raise FastregError(f"attach: model must be a torch.nn.Module, got {type(model).__name__}")
+    if attached(model):
+        raise FastregError(
+            "attach: model must carry one fastreg recorder at a time, got a second (pass several penalties in a "
+            "list, or call remove() on the first)"
+        )
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
+        if _compiled(module):
+            raise FastregError(
+                f"attach: model must not be compiled, got {where} (torch.compile has no double backward: attach to "
+                "the module before torch.compile and train that)"
+            )
+        if isinstance(module, nn.SyncBatchNorm):
+            raise FastregError(
+                f"attach: model must not synchronise batch statistics between ranks, got {where} (micro-batches "
+                "are normalised by their own statistics: use BatchNorm or GroupNorm)"
+            )
+        if isinstance(module, DistributedDataParallel) and module.static_graph:
+            raise FastregError(
+                f"attach: model must not be DistributedDataParallel(static_graph=True), got {where} (with a double "
+                "backward its gradients are silently not reduced: drop static_graph)"
+            )
+
+
+def _compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None

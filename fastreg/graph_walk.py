@@ -1,0 +1,113 @@
+"""A walk over the loss's graph, once, for operations that are silently wrong or missing under double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from fastreg.errors import FastregError
+from fastreg.rules.joining import Root
+from fastreg.rules.routing import Routed
+from fastreg.session import Session
+
+_ATTENTION = "compute attention with F.scaled_dot_product_attention inside the model, where it is routed"
+# Prefix of the graph node's name -> what it is and what to do.
+OFFENDERS: dict[str, tuple[str, str]] = {
+    "ScaledDotProduct": ("a fused attention outside the recorded model", _ATTENTION),
+    "CompiledFunction": ("a torch.compile'd function, which has no double backward", "use the function uncompiled"),
+    "CheckpointFunction": ("reentrant activation checkpointing", "pass use_reentrant=False to checkpoint"),
+    "CudnnRnn": ("a cuDNN recurrent layer, which has no double backward", "set torch.backends.cudnn.enabled = False"),
+    "MkldnnRnnLayer": ("a fused recurrent layer", "keep the layer's parameters tracked, so that it is routed"),
+    "EmbeddingBag": ("EmbeddingBag, which has no double backward", "use Embedding and a sum or mean"),
+    "CtcLoss": ("CTC loss, which has no double backward", "use another loss, or leave this one out of reg"),
+    "LinearCrossEntropy": ("a loss that computes its gradient in the forward", "use linear and cross_entropy"),
+}
+
+_trusted: set[type] = set()
+
+
+def trust(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Declare that a custom function's backward is right although it does not involve its inputs (a linear map).
+
+    Example:
+        >>> import torch, fastreg
+        >>> class Scale(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x): return 2 * x
+        ...     @staticmethod
+        ...     def backward(ctx, d): return 2 * d
+        >>> fastreg.trust(Scale).__name__
+        'Scale'
+    """
+    _trusted.add(function)
+    return function
+
+
+def refuse_offenders(loss: Tensor, session: Session) -> None:
+    """Raise FastregError, by name and with the remedy, if a graph node cannot be differentiated twice."""
+    for node in _nodes([loss.grad_fn]):
+        name = type(node).__name__
+        for prefix, (what, remedy) in OFFENDERS.items():
+            if name.startswith(prefix) or name.startswith(f"GeneratedBackwardFor_aten_{prefix}"):
+                raise FastregError(f"reg: the loss must be twice differentiable, got {name}: {what} ({remedy})")
+        if isinstance(node, BackwardCFunction):
+            _check_function(node, session)
+
+
+def _check_function(node: BackwardCFunction, session: Session) -> None:
+    function = node._forward_cls
+    if function is Routed:
+        if node.use.session is not session:
+            raise FastregError(
+                "reg: the loss must depend on one recorded forward, got two with different batch sizes (call reg "
+                "once per forward, or use the same batch size for both)"
+            )
+        return
+    if function is Root or function in _trusted or function.__module__.partition(".")[0] == "fastreg":
+        return
+    if _once_differentiable(function):
+        raise FastregError(
+            f"reg: the loss must be twice differentiable, got {function.__name__}, whose backward is "
+            "@once_differentiable (write a differentiable backward, or leave it out of the loss)"
+        )
+    if not _depends_on_inputs(node):
+        raise FastregError(
+            f"reg: the loss must be twice differentiable, got {function.__name__}, whose backward does not involve "
+            "its inputs: it computes its gradient in the forward, or is a linear map (use plain operations; if it "
+            "is linear, say so with fastreg.trust)"
+        )
+
+
+def _once_differentiable(function: type) -> bool:
+    """The decorator replaces backward by a wrapper compiled in torch.autograd.function."""
+    code = getattr(function.backward, "__code__", None)
+    return code is not None and code.co_filename == torch.autograd.function.once_differentiable.__code__.co_filename
+
+
+def _depends_on_inputs(node: BackwardCFunction) -> bool:
+    """Whether the graph of the node's backward leads back to where its inputs came from."""
+    cotangents = [
+        torch.randn(tuple(meta.shape), dtype=meta.dtype, device=meta.device).requires_grad_()
+        for meta in node._input_metadata
+    ]
+    with torch.enable_grad():
+        gradients = node.apply(*cotangents)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    producers = {producer for producer, _ in node.next_functions if producer is not None}
+    starts = [g.grad_fn for g in gradients if isinstance(g, Tensor) and g.grad_fn is not None]
+    return any(found in producers for found in _nodes(starts))
+
+
+def _nodes(starts: Iterable[object]) -> Iterator[object]:
+    stack = [node for node in starts if node is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)

@@ -1,0 +1,96 @@
+"""The Fisher-trace penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastreg.errors import FastregError
+from fastreg.penalties.base import Penalty, Step
+
+
+@dataclass(eq=False)
+class FisherTrace(Penalty):
+    """The squared norm of micro-batch gradients for labels drawn from the model itself.
+
+        R = (1/m) sum_k ||gh_k||^2,   gh_k = grad (1/b) sum_{i in k} -log p(yh_i | x_i),   yh_i ~ softmax(outputs_i)
+
+    One label is drawn per prediction and held fixed under differentiation, as in Novack et al. 2022
+    (arXiv:2211.15853, section 3 and its code). Over the draw, ``E R = tr F / b``: the labels are independent given
+    the outputs, so cross terms vanish; ``b`` is the micro-batch size. For outputs ``[B, T, C]`` there are ``T``
+    predictions per sample and the mean runs over all of them.
+
+    Args:
+        weight: the coefficient of R.
+        seed: seed of the label draw; None takes it from ``torch.initial_seed()``. The draw has its own generator:
+            torch's global one is not advanced.
+        class_dim: the dimension of ``outputs`` that holds the classes.
+
+    Attributes:
+        last_labels: the labels of the last call, shaped as ``outputs`` without the class dimension.
+
+    Raises:
+        FastregError: at the call, if ``outputs`` were not passed or are not floating point logits.
+
+    Example:
+        >>> import torch, fastreg
+        >>> model = torch.nn.Linear(3, 4)
+        >>> reg = fastreg.Regularizer(model, fastreg.FisherTrace(weight=0.01, seed=0), micro_batch_size=2)
+        >>> out = model(torch.randn(8, 3))
+        >>> loss = reg(torch.nn.functional.cross_entropy(out, torch.randint(4, (8,))), out)
+        >>> loss.backward()
+    """
+
+    weight: float
+    seed: int | None = None
+    class_dim: int = -1
+    last_labels: Tensor | None = field(default=None, init=False, repr=False)
+    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+    name: ClassVar[str] = "fisher_trace"
+
+    def value(self, step: Step) -> Tensor:
+        logits = _logits(step, self.class_dim)
+        self.last_labels = labels = sample_labels(logits.detach(), self._draws(logits.device))
+        total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        return step.mean(step.sq_norms_of(total, labels.numel() // step.session.micro_batches.samples))
+
+    def _draws(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device.type != device.type:
+            seed = torch.initial_seed() if self.seed is None else self.seed
+            self._generator = torch.Generator(device).manual_seed(seed)
+        return self._generator
+
+    def state_dict(self) -> dict[str, object]:
+        generator = self._generator
+        return {} if generator is None else {"generator": generator.get_state(), "device": generator.device.type}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        if "generator" in state:
+            self._generator = torch.Generator(state["device"])
+            self._generator.set_state(state["generator"])
+
+
+def sample_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One draw from ``softmax(logits)`` along the last dimension: ``[..., C] -> [...]`` int64."""
+    probabilities = logits.flatten(0, -2).softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:-1])
+
+
+def _logits(step: Step, class_dim: int) -> Tensor:
+    """The outputs with classes last."""
+    outputs = step.outputs
+    if outputs is None:
+        raise FastregError(
+            "FisherTrace: outputs must be the model's logits, got none (call reg(loss, outputs): labels are drawn "
+            "from them)"
+        )
+    if not outputs.is_floating_point() or outputs.dim() < 2:
+        raise FastregError(
+            f"FisherTrace: outputs must be floating point logits [B, ..., C], got {outputs.dtype} "
+            f"{tuple(outputs.shape)}"
+        )
+    return outputs.movedim(class_dim, -1)

@@ -1,0 +1,214 @@
+"""Recording: a torch function mode that routes the operations of a model's parameters while the model runs.
+
+The mode is entered and left by removable forward hooks on the model and on every module that owns parameters (not
+on the model alone: activation checkpointing re-runs inner modules in the backward, long after the model's own
+forward). Nothing is wrapped, and nothing is written on modules or parameters but the hooks.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from fastreg.errors import FastregError, UnsupportedOperation
+from fastreg.rules.joining import Root
+from fastreg.rules.registry import ROUTES
+from fastreg.rules.tape import Tape
+from fastreg.rules.views import VIEWS
+from fastreg.session import Phase, Session
+
+
+class Recorder(TorchFunctionMode):
+    """Routes parametrised operations of one model to rules while the model runs.
+
+    Args:
+        model: hooks are attached to it and to its modules that own parameters.
+        size: samples per micro-batch.
+        parameters: the parameters to track.
+        active: asked at each forward whether to record it.
+        phase: what ordinary backward passes of the recorded graph compute.
+
+    Attributes:
+        session: the session of the last recorded forward, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        size: int,
+        parameters: Iterable[nn.Parameter],
+        active: Callable[[], bool],
+        phase: Phase = Phase.PLAIN,
+    ) -> None:
+        super().__init__()
+        self.model, self.size, self.active, self.phase = model, size, active, phase
+        self.parameters = list(parameters)
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.session: Session | None = None
+        self._tape: Tape | None = None
+        self._entered: list[nn.Module | None] = []
+        owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
+        self._handles = [handle for module in owners for handle in self._attach(module)]
+
+    def _attach(self, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        yield module.register_forward_pre_hook(Hook(self, "enter"), with_kwargs=True)
+        yield module.register_forward_hook(Hook(self, "leave"), with_kwargs=True, always_call=True)
+
+    def remove(self) -> None:
+        """Detach every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.session = self._tape = None
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook: start or continue recording."""
+        if not self._entered:
+            if not (torch.is_grad_enabled() and self.active()):
+                return
+            self._open(module, args, kwargs)
+            self.__enter__()
+        self._entered.append(module)
+
+    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        """Forward hook, also run when the forward raises: stop recording at the outermost module."""
+        if not self._entered or self._entered[-1] is not module:
+            return
+        self._entered.pop()
+        if not self._entered:
+            self.__exit__(None, None, None)
+        if module is self.model and torch._C._current_graph_task_id() == -1:
+            self.session.outputs = output
+
+    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch._C._current_graph_task_id() != -1 and self._tape is not None:
+            return
+        samples = _batch_size(args, kwargs)
+        known = self.session
+        if known is not None and not known.consumed and known.micro_batches.samples == samples:
+            return
+        tracked = [p for p in self.parameters if p.requires_grad]
+        if not tracked:
+            raise FastregError("recording: the model must have a parameter that requires grad, got none")
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in tracked) else torch.float32
+        self.session = Session(samples, self.size, dtype, tracked[0].device, self.phase)
+        self.session.root = Root.apply(self.session, self.session.probe)
+        self._tape = Tape(self.session, tracked)
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        route = ROUTES.get(func)
+        if route is not None and (route.always or self._tracked(args, kwargs) is not None):
+            try:
+                return route.rule(self._tape, *args, **kwargs)
+            except UnsupportedOperation as refusal:
+                raise self._unsupported(func, args, kwargs, str(refusal)) from None
+        return self._unrouted(func, args, kwargs)
+
+    def _tracked(self, args: tuple, kwargs: dict) -> Tensor | None:
+        lineages = self._tape.lineages
+        for argument in (*args, *kwargs.values()):
+            if id(argument) in lineages:
+                return argument
+            if type(argument) in (list, tuple):
+                for item in argument:
+                    if id(item) in lineages:
+                        return item
+            if type(argument) is nn.Parameter and argument.requires_grad and id(argument) not in self.names:
+                raise FastregError(
+                    f"recording: parameters must belong to the model when fastreg is attached, got an unknown one of "
+                    f"shape {tuple(argument.shape)} (attach after the model is complete)"
+                )
+        return None
+
+    def _unrouted(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        source = self._tracked(args, kwargs)
+        out = func(*args, **kwargs)
+        if source is None:
+            return out
+        outputs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if _carries_gradient(t)]
+        outputs = [t for t in outputs if id(t) not in self._tape.lineages]
+        if not outputs:
+            return out
+        isometric = VIEWS.get(func)
+        if isometric is None or not args or args[0] is not source:
+            raise self._unsupported(func, args, kwargs, "no rule is registered for this function")
+        lineage = self._tape.lineage(source)
+        for i, tensor in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
+            step = _step(func, args[1:], kwargs, i if isinstance(out, (tuple, list)) else None)
+            self._tape.derive(tensor, lineage, step, isometric(*args, **kwargs))
+        return out
+
+    def _unsupported(self, func: Callable, args: tuple, kwargs: dict, reason: str) -> UnsupportedOperation:
+        source = self._tracked(args, kwargs)
+        lineage = self._tape.lineage(source)
+        name = self.names.get(lineage.key, "?") if lineage is not None else "(none)"
+        return UnsupportedOperation(
+            f"recording: parameter {name!r} must reach an operation with a rule, got "
+            f"{resolve_name(func) or func} at {_call_site()}: {reason} (register one with "
+            "fastreg.rules.registry.route, or leave the parameter out with parameters=... or requires_grad_(False))"
+        )
+
+
+class Hook:
+    """A forward hook of one recorder. Copies and pickles of the model carry an inert one."""
+
+    def __init__(self, recorder: Recorder | None = None, action: str = "") -> None:
+        self.recorder, self.action = recorder, action
+
+    def __call__(self, *args: object) -> None:
+        if self.recorder is not None:
+            getattr(self.recorder, self.action)(*args)
+
+    def __reduce__(self) -> tuple:
+        return Hook, ()
+
+
+def attached(model: nn.Module) -> bool:
+    """Whether a live recorder is attached to ``model`` or to one of its modules."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(hook, Hook) and hook.recorder is not None for hook in hooks)
+
+
+def _step(func: Callable, rest: tuple, kwargs: dict, index: int | None) -> Callable[[Tensor], Tensor]:
+    if index is None:
+        return lambda p: func(p, *rest, **kwargs)
+    return lambda p: func(p, *rest, **kwargs)[index]
+
+
+def _carries_gradient(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _batch_size(args: tuple, kwargs: dict) -> int:
+    for tensor in _tensors((*args, *kwargs.values())):
+        if tensor.dim():
+            return tensor.shape[0]
+    raise FastregError(
+        "recording: the first module called must take a tensor with the batch along dimension 0, got none"
+    )
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _call_site() -> str:
+    here, library = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith((here, library)):
+            return f"{frame.filename}:{frame.lineno}"
+    return "an unknown place"

@@ -1,0 +1,116 @@
+"""What a rule says about an operation: one bilinear map, from which every mode of the engine follows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastreg.micro_batches import MicroBatches
+
+
+class Parts(NamedTuple):
+    """Which parameters of an operation a computation is about."""
+
+    weight: bool
+    bias: bool
+
+
+class Bilinear(ABC):
+    """``y = B(x, w) + b``: linear in the parameters for fixed ``x``, and linear in ``x`` for fixed ``w``.
+
+    ``b`` is added with broadcasting. ``G_k`` is the gradient of micro-batch ``k``: ``outer(x, d)`` over its rows
+    only, where ``d`` is the gradient of the loss with respect to ``y``. The engine derives from these methods
+
+    * the squared norms ``||G_k||^2``,
+    * their double backward: ``d/dd = 2 c_k B(x, G_k)`` (:meth:`pull`), ``d/dx = 2 c_k B^T(d, G_k)`` (:meth:`push`),
+    * parameters used several times, whose ``G_k`` is the sum over uses (the three ``dense`` methods).
+
+    A rule may override :meth:`norms`, :meth:`pull` and :meth:`push` with forms that never store ``G_k``, and
+    :meth:`outer_with_norms` with a fused one. All row tensors keep their samples along dimension 0.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``B(x, w) + b``; with ``bias=None`` the bilinear map alone (the tangent and up-chain product)."""
+
+    @abstractmethod
+    def transpose(self, d: Tensor, weight: Tensor | None, x: Tensor | None) -> Tensor:
+        """``B^T(d, w)``, the gradient with respect to ``x``; of ``x`` only the shape is read."""
+
+    @abstractmethod
+    def outer(self, x: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        """The gradient with respect to ``w``, summed over all rows; of ``w`` only the shape is read."""
+
+    @abstractmethod
+    def dense(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> Tensor:
+        """Every ``G_k``: ``[m, *w.shape]``."""
+
+    @abstractmethod
+    def dense_pull(self, x: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
+        """``B(x_k, G_k)`` for given ``gradients [m, *w.shape]``; shaped as ``y``."""
+
+    @abstractmethod
+    def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
+        """``B^T(d_k, G_k)`` for given ``gradients [m, *w.shape]``; shaped as ``x``."""
+
+    def bias_view(self, bias: Tensor, y: Tensor) -> tuple[int, ...]:
+        """The shape in which ``b`` broadcasts against one row ``y[0]``, right-aligned."""
+        return tuple(bias.shape)
+
+    def bias_total(self, d: Tensor, bias: Tensor) -> Tensor:
+        """The gradient with respect to ``b``, summed over all rows."""
+        return d.sum_to_size(self.bias_view(bias, d)).reshape(bias.shape)
+
+    def bias_dense(self, d: Tensor, bias: Tensor, cut: MicroBatches) -> Tensor:
+        """The gradient with respect to ``b`` of every micro-batch: ``[m, *b.shape]``."""
+        return cut.reduce(d, self.bias_view(bias, d)).reshape(cut.count, *bias.shape)
+
+    def bias_pull(self, y: Tensor, bias: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
+        """``gradients [m, *b.shape]`` broadcast to the rows of ``y``."""
+        view = self.bias_view(bias, y)
+        aligned = gradients.reshape(cut.count, *(1,) * (y.dim() - len(view)), *view)
+        return cut.map(lambda rows, g: g.expand_as(rows), (y,), (aligned,))
+
+    def norms(self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches) -> Tensor:
+        """Squared norms ``[m]`` of the gradients of the ``parts`` asked for."""
+        squared = None
+        if parts.weight:
+            squared = sum_squares(self.dense(x, d, weight, cut))
+        if parts.bias:
+            of_bias = sum_squares(self.bias_dense(d, bias, cut))
+            squared = of_bias if squared is None else squared + of_bias
+        return squared
+
+    def pull(
+        self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(||G_k||^2, B(x, G_k) + G_k of b, memo)``; ``memo`` is handed to :meth:`push`."""
+        squared = tangent = gradients = None
+        if parts.weight:
+            gradients = self.dense(x, d, weight, cut)
+            squared = sum_squares(gradients)
+            tangent = self.dense_pull(x, gradients, cut)
+        if parts.bias:
+            of_bias = self.bias_dense(d, bias, cut)
+            squared = sum_squares(of_bias) if squared is None else squared + sum_squares(of_bias)
+            spread = self.bias_pull(d, bias, of_bias, cut)
+            tangent = spread if tangent is None else tangent.add_(spread)
+        return squared, tangent, gradients
+
+    def push(self, x: Tensor, d: Tensor, memo: Tensor, cut: MicroBatches) -> Tensor:
+        """``B^T(d, G_k)`` shaped as ``x``."""
+        return self.dense_push(d, memo, x, cut)
+
+    def outer_with_norms(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
+        """The weight gradient and the squared norms ``[m]`` of its micro-batches."""
+        gradients = self.dense(x, d, weight, cut)
+        return gradients.sum(0), sum_squares(gradients)
+
+
+def sum_squares(gradients: Tensor) -> Tensor:
+    """``[m, ...] -> [m]``: squared norms, accumulated in float32 or wider."""
+    flat = gradients.flatten(1)
+    wide = flat.float() if flat.dtype.itemsize < 4 else flat
+    return (wide.unsqueeze(1) @ wide.unsqueeze(2)).flatten()

@@ -1,0 +1,112 @@
+"""Parameters used several times: one gradient per micro-batch, the sum over uses.
+
+Every use leaves its rows (``x``, ``d``) with the session; the root, whose backward runs after all of them, forms
+``G_k = sum_u lift_u^T outer(x_u, d_u)_k`` and from it the squared norm and its double backward. This is also the way
+of a parameter that reaches its operation through a map that is not isometric (a gather, say).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastreg.micro_batches import MicroBatches, Selection
+from fastreg.rules.bilinear import sum_squares
+from fastreg.rules.use import Lineage, Use
+from fastreg.session import Phase, Session
+
+
+@dataclass(frozen=True, slots=True)
+class Deposit:
+    """The rows of one use of a parameter that has other uses.
+
+    Attributes:
+        derived: the tensor the operation took, computed from the parameter by ``lineage.lift``.
+        is_bias: whether it was the operation's bias.
+    """
+
+    use: Use
+    lineage: Lineage
+    derived: Tensor
+    is_bias: bool
+    x: Tensor
+    d: Tensor
+
+    def gradients(self, x: Tensor, d: Tensor, cut: MicroBatches) -> Tensor:
+        """This use's share of the parameter's gradients: ``[m, *parameter.shape]``."""
+        op = self.use.op
+        share = op.bias_dense(d, self.derived, cut) if self.is_bias else op.dense(x, d, self.derived, cut)
+        return self.lineage.transpose_lift(share)
+
+    def pull(self, x: Tensor, d: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
+        """``B(x, G_k)`` for the whole gradients ``[m, *parameter.shape]``."""
+        lifted = self.lineage.lift_each(gradients)
+        if self.is_bias:
+            return self.use.op.bias_pull(d, self.derived, lifted, cut)
+        return self.use.op.dense_pull(x, lifted, cut)
+
+    def push(self, x: Tensor, d: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
+        """``B^T(d, G_k)`` for the whole gradients."""
+        return self.use.op.dense_push(d, self.lineage.lift_each(gradients), x, cut)
+
+
+class Root(Function):
+    """The identity on the probe; its backward adds the squared norms of parameters that were used several times."""
+
+    @staticmethod
+    def forward(ctx, session: Session, probe: Tensor) -> Tensor:
+        ctx.session = session
+        ctx.set_materialize_grads(False)
+        return probe.view_as(probe)
+
+    @staticmethod
+    def backward(ctx, squared: Tensor | None):
+        by_parameter: dict[int, list[Deposit]] = defaultdict(list)
+        for deposit in ctx.session.shared:
+            by_parameter[deposit.lineage.key].append(deposit)
+        ctx.session.shared.clear()
+        for key, deposits in by_parameter.items():
+            rows = [tensor for deposit in deposits for tensor in (deposit.x, deposit.d)]
+            joined = Join.apply(ctx.session, deposits, torch.is_grad_enabled(), *rows)
+            ctx.session.add_norms(key, joined.detach())
+            squared = joined if squared is None else squared + joined
+        return None, squared
+
+
+class Join(Function):
+    """Squared norms ``[m]`` of one parameter from the rows of all its uses."""
+
+    @staticmethod
+    def forward(ctx, session: Session, deposits: list[Deposit], exact: bool, *rows: Tensor) -> Tensor:
+        chosen = session.selected if session.phase is Phase.CHAIN else None
+        ctx.pick = pick = Selection(session.micro_batches, chosen)
+        rows = tuple(pick.take(tensor) for tensor in rows)
+        uses = list(zip(deposits, rows[::2], rows[1::2]))
+        gradients = uses[0][0].gradients(*uses[0][1:], pick.kept)
+        for deposit, x, d in uses[1:]:
+            gradients = gradients + deposit.gradients(x, d, pick.kept)
+        ctx.deposits = deposits
+        if exact:
+            ctx.save_for_backward(gradients, *rows)
+        return pick.put_segments(sum_squares(gradients).to(session.probe.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, vsq: Tensor):
+        gradients, *rows = ctx.saved_tensors
+        pick, needs = ctx.pick, ctx.needs_input_grad[3:]
+        factors = 2 * pick.take_segments(vsq)
+        grads: list[Tensor | None] = [None, None, None]
+        for i, (deposit, x, d) in enumerate(zip(ctx.deposits, rows[::2], rows[1::2])):
+            grad_x = grad_d = None
+            if needs[2 * i] and not deposit.is_bias:
+                grad_x = pick.put(pick.scale(deposit.push(x, d, gradients, pick.kept), factors))
+            if needs[2 * i + 1]:
+                grad_d = pick.put(pick.scale(deposit.pull(x, d, gradients, pick.kept), factors))
+            grads += [grad_x, grad_d]
+        return tuple(grads)

@@ -1,0 +1,118 @@
+"""Linear maps: ``F.linear``, ``matmul``, ``mm``, ``addmm`` and ``F.bilinear``-free relatives with one parameter.
+
+Rows of the layer: ``a`` its inputs ``[S, I]``, ``d`` its output gradients ``[S, O]``; ``G_k = sum_s d_s a_s^T`` is
+never stored while micro-batches are short (Gram form of Goodfellow 2015, arXiv:1510.01799, for segments of rows).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastreg.errors import UnsupportedOperation
+from fastreg.kernels import outer_apply, outer_sqnorm, outer_sum
+from fastreg.micro_batches import MicroBatches
+from fastreg.rules.bilinear import Bilinear, Parts
+from fastreg.rules.registry import route
+from fastreg.rules.tape import Tape
+
+
+class Linear(Bilinear):
+    """``y = x w^T + b`` for ``x [..., I]``, ``w [O, I]``, ``b [O]``."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def transpose(self, d: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return d @ weight
+
+    def outer(self, x: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        return rows_of(d).mT @ rows_of(x)
+
+    def bias_total(self, d: Tensor, bias: Tensor) -> Tensor:
+        return rows_of(d).sum(0)
+
+    def dense(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> Tensor:
+        return cut.fold(lambda a, e: torch.bmm(e.mT, a), rows_of(x), rows_of(d))
+
+    def dense_pull(self, x: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
+        out = cut.map(lambda a, g: torch.bmm(a, g.mT), (rows_of(x),), (gradients,))
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
+        return cut.map(torch.bmm, (rows_of(d),), (gradients,)).view(x.shape)
+
+    def norms(self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches) -> Tensor:
+        if not parts.weight:
+            return super().norms(x, d, weight, bias, parts, cut)
+        a, e = rows_of(x), rows_of(d)
+        return outer_sqnorm(a, e, cut.offsets(a.shape[0]), parts.bias)
+
+    def pull(
+        self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not parts.weight or not _quadratic(x, d, cut):
+            return super().pull(x, d, weight, bias, parts, cut)
+        a, e = rows_of(x), rows_of(d)
+        tangent = outer_apply(a, a, e, cut.offsets(a.shape[0]), parts.bias)
+        return _dot(e, tangent, cut), tangent.view(d.shape), None
+
+    def push(self, x: Tensor, d: Tensor, memo: Tensor | None, cut: MicroBatches) -> Tensor:
+        if memo is not None:
+            return self.dense_push(d, memo, x, cut)
+        a, e = rows_of(x), rows_of(d)
+        return outer_apply(e, e, a, cut.offsets(a.shape[0]), False).view(x.shape)
+
+    def outer_with_norms(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
+        a, e = rows_of(x), rows_of(d)
+        return outer_sum(a, e, cut.offsets(a.shape[0]))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[..., N]`` as rows ``[S, N]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _quadratic(x: Tensor, d: Tensor, cut: MicroBatches) -> bool:
+    """Counted per row: two Gram forms cost 4 s (I + O), storing G_k and using it twice 6 I O."""
+    inputs, outputs = x.shape[-1], d.shape[-1]
+    segment = x.numel() // inputs // cut.samples * cut.size
+    return 2 * segment * (inputs + outputs) < 3 * inputs * outputs
+
+
+def _dot(e: Tensor, tangent: Tensor, cut: MicroBatches) -> Tensor:
+    """``sum_s e_s . tangent_s`` per segment, which is ``||G_k||^2``."""
+    return cut.fold(lambda u, v: (u.flatten(1).unsqueeze(1) @ v.flatten(1).unsqueeze(2)).flatten(), e, tangent)
+
+
+LINEAR = Linear()
+
+
+@route(F.linear)
+def linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``."""
+    return tape.bilinear(LINEAR, input, weight, bias, autocast=True)
+
+
+@route(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+def matmul(tape: Tape, input: Tensor, other: Tensor) -> Tensor:
+    """``x @ w`` with a two-dimensional parameter on the right."""
+    if tape.lineage(other) is None or other.dim() != 2:
+        raise UnsupportedOperation("only x @ w with a two-dimensional parameter w on the right has a rule")
+    return tape.bilinear(LINEAR, input, _transposed(tape, other), None, autocast=True)
+
+
+@route(torch.addmm, Tensor.addmm)
+def addmm(tape: Tape, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """``b + x @ w`` with ``b`` of one dimension."""
+    if input.dim() != 1 or beta != 1 or alpha != 1:
+        raise UnsupportedOperation("addmm has a rule for a one-dimensional input and alpha = beta = 1")
+    return tape.bilinear(LINEAR, mat1, _transposed(tape, mat2), input, autocast=True)
+
+
+def _transposed(tape: Tape, weight: Tensor) -> Tensor:
+    """``w.t()``, with its lineage if ``w`` is tracked."""
+    lineage = tape.lineage(weight)
+    out = weight.t()
+    return out if lineage is None else tape.derive(out, lineage, lambda p: p.t(), isometric=True)

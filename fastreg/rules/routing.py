@@ -1,0 +1,151 @@
+"""The autograd functions behind every routed operation.
+
+``Routed`` is the operation; its backward is itself a function with a hand-written backward, which is what makes the
+exact penalty one batched pass. With ``d`` the gradient of the loss with respect to ``y = B(x, w) + b``:
+
+    backward         dx = B^T(d, w),  dw = outer(x, d),  db = sum d,  sq_k = ||outer(x_k, d_k)||^2
+    double backward  (given vx, vw, vb, vsq)
+        grad_d = B(vx, w) + B(x, vw) + vb + 2 vsq_k B(x, G_k)
+        grad_x = B^T(d, vw) + 2 vsq_k B^T(d, G_k)
+        grad_w = outer(vx, d)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastreg.micro_batches import Selection
+from fastreg.rules.bilinear import Bilinear, Parts
+from fastreg.rules.joining import Deposit
+from fastreg.rules.use import Use
+from fastreg.session import Phase
+
+
+class Wanted(NamedTuple):
+    """What one call of ``RoutedBackward`` computes."""
+
+    dx: bool
+    dw: bool
+    db: bool
+    norms: Parts
+    exact: bool
+
+
+class Routed(Function):
+    """``y = op(x, weight, bias)`` whose backward returns squared micro-batch norms as the gradient of the probe."""
+
+    @staticmethod
+    def forward(ctx, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor) -> Tensor:
+        ctx.use = use
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias)
+        return use.op.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d: Tensor | None):
+        if d is None:
+            return (None,) * 5
+        use, (x, weight, bias) = ctx.use, ctx.saved_tensors
+        wanted = _wanted(use, ctx.needs_input_grad)
+        if use.session.phase is not Phase.PLAIN:
+            _deposit_shared(use, x, d, weight, bias)
+        return None, *RoutedBackward.apply(use, wanted, d, x, weight, bias)
+
+
+def _wanted(use: Use, needs: tuple[bool, ...]) -> Wanted:
+    phase = use.session.phase
+    parameters = phase is not Phase.CHAIN
+    norms = Parts(False, False)
+    if phase is not Phase.PLAIN:
+        norms = Parts(use.alone(use.weight), use.alone(use.bias))
+    return Wanted(needs[1], needs[2] and parameters, needs[3] and parameters, norms, torch.is_grad_enabled())
+
+
+def _deposit_shared(use: Use, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Leave what the root needs for parameters that this use does not make up alone."""
+    for lineage, parameter, is_bias in ((use.weight, weight, False), (use.bias, bias, True)):
+        if lineage is not None and not use.alone(lineage):
+            use.session.shared.append(Deposit(use, lineage, parameter.detach(), is_bias, x, d))
+
+
+class RoutedBackward(Function):
+    """The backward of :class:`Routed`, differentiable once more by hand."""
+
+    @staticmethod
+    def forward(ctx, use: Use, wanted: Wanted, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None):
+        session, op, norms = use.session, use.op, wanted.norms
+        ctx.set_materialize_grads(False)
+        ctx.use, ctx.wanted = use, wanted
+        ctx.pick = pick = Selection(session.micro_batches, session.selected if session.phase is Phase.CHAIN else None)
+        d, x = pick.take(d), pick.take(x)
+        dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
+        dw = db = squared = tangent = memo = None
+        if wanted.dw and wanted.norms.weight and not wanted.exact:
+            dw, squared = op.outer_with_norms(x, d, weight, pick.kept)
+            wanted = wanted._replace(norms=wanted.norms._replace(weight=False))
+        elif wanted.dw:
+            dw = op.outer(x, d, weight)
+        if wanted.db:
+            db = op.bias_total(d, bias)
+        if any(wanted.norms):
+            of_norms, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
+            squared = of_norms if squared is None else squared + of_norms
+        ctx.save_for_backward(d, x, weight, tangent, memo)
+        if session.per_parameter is not None:
+            _note_each(use, norms, d, x, weight, bias, pick)
+        return dx, dw, db, None if squared is None else pick.put_segments(squared.to(session.probe.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None, vsq: Tensor | None):
+        d, x, weight, tangent, memo = ctx.saved_tensors
+        op, pick = ctx.use.op, ctx.pick
+        needs_d, needs_x, needs_w = ctx.needs_input_grad[2:5]
+        grad_d = grad_x = grad_w = None
+        if vx is not None:
+            vx = pick.take(vx)
+            grad_d = op.forward(vx, weight, None) if needs_d else None
+            grad_w = op.outer(vx, d, weight) if needs_w else None
+        if vsq is not None and tangent is not None:
+            factors = 2 * pick.take_segments(vsq)
+            if needs_d:
+                grad_d = pick.scale(tangent, factors, onto=grad_d)
+            if needs_x and ctx.wanted.norms.weight:
+                grad_x = pick.scale(op.push(x, d, memo, pick.kept), factors)
+        if vw is not None:
+            grad_d = _plus(grad_d, op.forward(x, vw, None)) if needs_d else None
+            grad_x = _plus(grad_x, op.transpose(d, vw, x)) if needs_x else None
+        if vb is not None and needs_d:
+            grad_d = _plus(grad_d, vb.reshape(op.bias_view(vb, d)).expand_as(d))
+        return None, None, pick.put(grad_d), pick.put(grad_x), grad_w, None
+
+
+def _norms(
+    op: Bilinear, wanted: Wanted, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, pick: Selection
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Squared norms and, when they will be differentiated, what their double backward needs."""
+    if wanted.exact:
+        return op.pull(x, d, weight, bias, wanted.norms, pick.kept)
+    return op.norms(x, d, weight, bias, wanted.norms, pick.kept), None, None
+
+
+def _note_each(
+    use: Use, norms: Parts, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, pick: Selection
+) -> None:
+    """Squared norms of each parameter by itself; the forms above may merge a weight and its bias."""
+    for lineage, part, asked in (
+        (use.weight, Parts(True, False), norms.weight),
+        (use.bias, Parts(False, True), norms.bias),
+    ):
+        if asked:
+            squared = use.op.norms(x, d, weight, bias, part, pick.kept)
+            use.session.add_norms(lineage.key, pick.put_segments(squared.to(use.session.probe.dtype)))
+
+
+def _plus(known: Tensor | None, term: Tensor) -> Tensor:
+    return term if known is None else known + term

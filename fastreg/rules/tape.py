@@ -1,0 +1,73 @@
+"""What a rule works with: lineages of tensors, and the door through which operations enter the recorded graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastreg.errors import UnsupportedOperation
+from fastreg.rules.bilinear import Bilinear
+from fastreg.rules.routing import Routed
+from fastreg.rules.use import Lineage, Use
+from fastreg.session import Session
+
+
+class Tape:
+    """The recording of one forward pass.
+
+    Attributes:
+        session: what the recorded operations belong to.
+        lineages: for every tracked parameter, and every tensor derived from one alone, by identity: the tensor
+            (kept alive, so that identities stay unique) and its lineage.
+    """
+
+    __slots__ = ("session", "lineages")
+
+    def __init__(self, session: Session, parameters: list[Tensor]) -> None:
+        self.session = session
+        self.lineages = {id(p): (p, Lineage(p)) for p in parameters if p.requires_grad}
+
+    @property
+    def samples(self) -> int:
+        """B, the number of samples of the batch."""
+        return self.session.micro_batches.samples
+
+    def lineage(self, tensor: object) -> Lineage | None:
+        """The lineage of a tracked tensor; None for data and constants."""
+        known = self.lineages.get(id(tensor))
+        return None if known is None else known[1]
+
+    def derive(self, out: Tensor, source: Lineage, step: Callable[[Tensor], Tensor], isometric: bool) -> Tensor:
+        """Note that ``out = step(t)`` for a tensor ``t`` of lineage ``source``, a linear map without samples."""
+        self.lineages[id(out)] = (out, source.then(step, isometric))
+        return out
+
+    def bilinear(
+        self, op: Bilinear, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, autocast: bool = False
+    ) -> Tensor:
+        """``op(x, weight, bias)``, recorded.
+
+        Args:
+            x: the data, samples along dimension 0.
+            weight, bias: parameters or tensors derived from one; those that are not tracked count as constants.
+            autocast: whether the operation runs in the autocast dtype where autocast is on.
+
+        Raises:
+            UnsupportedOperation: ``x`` derives from a parameter alone.
+            FastregError: ``x`` does not keep its samples along dimension 0.
+        """
+        if self.lineage(x) is not None:
+            raise UnsupportedOperation("both operands derive from parameters alone")
+        self.session.micro_batches.rows_per_sample(x, "the input of a recorded operation")
+        of_weight, of_bias = self.lineage(weight), self.lineage(bias)
+        self.session.count_use(of_weight and of_weight.key, of_bias and of_bias.key)
+        use = Use(self.session, op, of_weight, of_bias)
+        device = x.device.type
+        if not (autocast and torch.is_autocast_enabled(device)):
+            return Routed.apply(use, x, weight, bias, self.session.root)
+        low = torch.get_autocast_dtype(device)
+        x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
+        with torch.autocast(device, enabled=False):
+            return Routed.apply(use, x, weight, bias, self.session.root)

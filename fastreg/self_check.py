@@ -1,0 +1,124 @@
+"""The first step's self-check: norms and penalty gradient of one micro-batch against plain autograd.
+
+Plain autograd on the same graph: the gradient of the outputs' own micro-batch only, the rest masked out, with respect
+to every parameter. It differs from the recorded norms when samples are coupled across the batch, when the batch is
+not along dimension 0, or when a parameter acts in a way that the recording did not see.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fastreg.chain import squared_norms
+from fastreg.errors import FastregError
+from fastreg.loss import first_tensor
+from fastreg.penalties.base import Step
+from fastreg.recording import Recorder
+
+_CAUSES = (
+    "likely causes: samples are coupled across the batch (a batch mean, in-batch negatives), the batch is not along "
+    "dimension 0 (a sequence-first model: use batch_first=True), a weight is computed from parameters "
+    "(reparametrisation), or position ids were taken for samples (give them shape [1, T])"
+)
+
+
+def self_check(step: Step, recorder: Recorder) -> None:
+    """Raise FastregError if the recorded norms, or the penalty's gradient, differ from plain autograd's."""
+    session = step.session
+    outputs = first_tensor(session.outputs)
+    if outputs is None or not outputs.requires_grad:
+        outputs = step.outputs
+    if outputs is None or not outputs.requires_grad:
+        warnings.warn("fastreg: the self-check needs the model's outputs: call reg(loss, outputs)", stacklevel=3)
+        return
+    total, cut = step.loss.sum(), session.micro_batches
+    session.micro_batches.rows_per_sample(outputs, "the model's output")
+    offsets = cut.offsets(outputs.shape[0])
+    k = cut.full // 2 if cut.full > 1 else 0
+    rows = slice(offsets[k], offsets[k + 1])
+    tolerance = _tolerance(outputs, total)
+    cotangent = _masked_cotangent(total, outputs, rows, tolerance)
+    tracked = [p for p in recorder.parameters if p.requires_grad]
+    plain = torch.autograd.grad(outputs, tracked, cotangent, create_graph=True, allow_unused=True)
+    plain_sq = {id(p): g.square().sum() for p, g in zip(tracked, plain) if g is not None}
+    session.per_parameter = {}
+    recorded = squared_norms(session, total, differentiable=True)[k]
+    found = {key: squared[k] for key, squared in session.per_parameter.items()}
+    session.per_parameter = None
+    _compare_norms(plain_sq, found, recorder.names, k, tolerance)
+    _compare_gradients(sum(plain_sq.values()), recorded, tracked, tolerance)
+
+
+def _tolerance(*tensors: Tensor) -> float:
+    """Half the digits of the least precise dtype involved."""
+    eps = max(torch.finfo(t.dtype).eps for t in tensors)
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        eps = max(eps, torch.finfo(torch.get_autocast_dtype(tensors[0].device.type)).eps)
+    return eps**0.5
+
+
+def _masked_cotangent(total: Tensor, outputs: Tensor, rows: slice, tolerance: float) -> Tensor:
+    """The loss's gradient at the outputs of one micro-batch, zero elsewhere; a loss that couples samples is refused."""
+    (d,) = torch.autograd.grad(total, outputs, create_graph=True, allow_unused=True)
+    if d is None:
+        raise FastregError("reg: loss must depend on the model's last outputs, got one that does not")
+    mask = torch.zeros(outputs.shape[0], *(1,) * (outputs.dim() - 1), dtype=d.dtype, device=d.device)
+    mask[rows] = 1
+    own = d * mask
+    if own.requires_grad:
+        (coupling,) = torch.autograd.grad(
+            (own * torch.linspace(1, 2, own.numel(), device=d.device).view_as(own)).sum(),
+            outputs,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        if coupling is not None and (coupling * (1 - mask)).abs().max() > tolerance * coupling.abs().max():
+            raise FastregError(
+                "reg: the loss must be a sum of per-sample terms, got one that couples samples of different "
+                "micro-batches (contrastive losses and batch statistics in the loss have no micro-batch gradients)"
+            )
+    return own
+
+
+def _compare_norms(
+    plain: dict[int, Tensor], found: dict[int, Tensor], names: dict[int, str], k: int, tolerance: float
+) -> None:
+    keys = list({**plain, **found})
+    zero = next(iter(plain.values())).new_zeros(()).detach()
+    expected = torch.stack([plain.get(key, zero).detach() for key in keys]).double()
+    got = torch.stack([found.get(key, zero).detach() for key in keys]).double()
+    wrong = (got - expected).abs() > tolerance * expected.sum()
+    if wrong.any() or not torch.isfinite(got).all():
+        lines = [
+            f"{names.get(keys[i], '?')}: plain {expected[i]:.4e}, recorded {got[i]:.4e}"
+            for i in wrong.nonzero().flatten().tolist()[:5]
+        ]
+        raise FastregError(
+            f"reg: recorded squared gradient norms of micro-batch {k} must equal plain autograd's, got a difference "
+            f"in {int(wrong.sum())} of {len(keys)} parameters ({'; '.join(lines)}); {_CAUSES}"
+        )
+
+
+def _compare_gradients(plain: Tensor, recorded: Tensor, tracked: list[Tensor], tolerance: float) -> None:
+    """The two squared norms agree; so must their gradients, each taken through its own double backward."""
+
+    def gradient(squared: Tensor) -> Tensor:
+        if not squared.requires_grad:
+            return torch.zeros((), dtype=torch.float64, device=squared.device)
+        grads = torch.autograd.grad(squared, tracked, retain_graph=True, allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(tracked, grads)]
+        return torch.cat([g.flatten().double() for g in flat])
+
+    expected, got = gradient(plain), gradient(recorded)
+    size = torch.stack([p.detach().double().square().sum() for p in tracked]).sum().sqrt()
+    scale = torch.maximum(expected.norm(), plain.detach().double() / size.clamp(min=1))
+    error = (got - expected).norm()
+    if not error <= tolerance * scale:
+        raise FastregError(
+            f"reg: the penalty's gradient must equal plain double backward, got a relative difference of "
+            f"{(error / scale).item():.2e} (an operation between the parameters and the loss has a wrong double "
+            "backward; find it with fastreg.check)"
+        )

@@ -1,0 +1,72 @@
+"""One recorded forward: its micro-batches, its probe, and what its backward passes are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from fastreg.micro_batches import MicroBatches
+
+
+class Phase(Enum):
+    """What a backward pass through the recorded operations computes."""
+
+    PLAIN = "input and parameter gradients, as autograd does"
+    CHAIN = "input gradients and squared norms; no parameter gradient is formed"
+    STATISTICS = "input and parameter gradients, and squared norms with them"
+
+
+class Session:
+    """The state of one recorded forward pass.
+
+    The probe is a zero vector ``[m]`` that every routed operation takes as one more input. Operations return the
+    squared norm of their micro-batch gradients as *the gradient of the probe*, so autograd itself sums over layers.
+
+    Attributes:
+        probe: leaf ``[m]``, float32 (float64 for double models).
+        root: what operations take instead of the leaf. Its backward runs after every operation's, which makes it
+            the place where parameters that were used several times are put together.
+        uses: how often each parameter (by id) was used in the forward.
+        per_parameter: when a dict, squared norms ``[m]`` are also added up per parameter id.
+        selected: micro-batches the norms are restricted to, or None for all.
+    """
+
+    def __init__(
+        self, samples: int, size: int, dtype: torch.dtype, device: torch.device, phase: Phase = Phase.PLAIN
+    ) -> None:
+        self.micro_batches = MicroBatches(samples, size)
+        self.probe = torch.zeros(self.micro_batches.count, dtype=dtype, device=device, requires_grad=True)
+        self.root: Tensor | None = None
+        self.uses: Counter[int] = Counter()
+        self.phase = phase
+        self.per_parameter: dict[int, Tensor] | None = None
+        self.selected: tuple[int, ...] | None = None
+        self.shared: list = []
+        self.outputs: object = None
+        self.consumed = False
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Run backward passes of this session in ``phase``; parts left by a failed pass are dropped."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+            self.shared.clear()
+
+    def count_use(self, *parameters: int | None) -> None:
+        """Note a use of each parameter. A forward re-run inside a backward (checkpointing) is not a new use."""
+        if torch._C._current_graph_task_id() == -1:
+            self.uses.update(key for key in parameters if key is not None)
+
+    def add_norms(self, parameter: int, squared: Tensor) -> None:
+        """Collect the squared norms of one parameter when they were asked for."""
+        if self.per_parameter is not None:
+            known = self.per_parameter.get(parameter)
+            self.per_parameter[parameter] = squared if known is None else known + squared
