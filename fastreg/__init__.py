@@ -4,6 +4,7 @@
 """
 
 from fastreg._version import __version__
+from fastreg.check import check
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.graph_walk import trust
 from fastreg.kernels import backend, explain
@@ -20,6 +21,7 @@ __all__ = [
     "UnsupportedOperation",
     "__version__",
     "backend",
+    "check",
     "explain",
     "fisher_trace",
     "micro_batch_grad_norms",

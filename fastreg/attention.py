@@ -2,13 +2,13 @@ r"""Scaled dot-product attention that can be differentiated twice, with both bac
 
 Per head, with ``S = c Q K^T + mask``, ``P = softmax(S)`` and the dropout factors ``M`` (absent without dropout):
 
-    forward          O = (M P) V
-    backward         dS = softmax'(M (dO V^T)) = P (dP - rowsum(dP P))
-                     dQ = c dS K,  dK = c dS^T Q,  dV = (M P)^T dO
+    forward          W = M P,  O = W V
+    backward         dP = M (dO V^T + dW),  dS = P (dP - rowsum(dP P))
+                     dQ = c dS K,  dK = c dS^T Q,  dV = W^T dO
     double backward  (given vQ, vK, vV: the gradients of dQ, dK, dV)
                      T = c (vQ K^T + Q vK^T),  T -= rowsum(P T)
                      Z = P M (dO vV^T) + dS T,  Z -= P rowsum(Z)
-                     grad_dO = (M P) vV + (M P T) V,  grad_V = (M P T)^T dO
+                     grad_dO = W vV + (M P T) V,  grad_dW = M P T,  grad_V = (M P T)^T dO
                      grad_Q = c (Z K + dS vK),  grad_K = c (Z^T Q + dS^T vQ)
 
 Terms that are constant along a row of ``S`` drop out of ``Z``, which is why ``dS T`` may stand for ``P (dP T - dP
@@ -29,7 +29,7 @@ from fastreg.kernels._checks import accumulator
 
 
 class Attention(Function):
-    """``(dropout(softmax(scale q k^T + mask)) v, dropped probabilities)``; the second one is not differentiable.
+    """``(W v, W)`` with ``W = dropout(softmax(scale q k^T + mask))``.
 
     Args:
         q: ``[N, R, E]``, any float dtype.
@@ -53,14 +53,17 @@ class Attention(Function):
             factors = _dropout_factors(p, dropout)
             dropped = p if factors is None else p * factors
             ctx.scale = scale
-            ctx.save_for_backward(q, k, v, p, factors)
-            ctx.mark_non_differentiable(dropped)
+            ctx.set_materialize_grads(False)
+            # Without dropout p is an output; the detached alias keeps the graph of that output out of the backward.
+            ctx.save_for_backward(q, k, v, p.detach(), factors)
             return product(dropped, v).to(q.dtype), dropped
 
     @staticmethod
-    def backward(ctx, d: Tensor, _: Tensor | None):
+    def backward(ctx, d: Tensor | None, dw: Tensor | None):
         q, k, v, p, factors = ctx.saved_tensors
-        grads = AttentionBackward.apply(d, q, k, v, p, factors, ctx.scale, ctx.needs_input_grad[:3])
+        if d is None:
+            d = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        grads = AttentionBackward.apply(d, dw, q, k, v, p, factors, ctx.scale, ctx.needs_input_grad[:3])
         return *grads, None, None, None, None
 
 
@@ -69,8 +72,8 @@ class AttentionBackward(Function):
 
     @staticmethod
     def forward(
-        ctx, d: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, factors: Tensor | None, scale: float,
-        needs: tuple[bool, bool, bool],
+        ctx, d: Tensor, dw: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, factors: Tensor | None,
+        scale: float, needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.scale = scale
@@ -79,7 +82,8 @@ class AttentionBackward(Function):
             if needs[2]:
                 dv = product(_times(p, factors).mT, d).to(v.dtype)
             if needs[0] or needs[1]:
-                dp = _times_(product(d, v.mT), factors)
+                dp = product(d, v.mT)
+                dp = _times_(dp if dw is None else dp.add_(dw), factors)
                 ds = torch._softmax_backward_data(dp, p, -1, dp.dtype)
                 dq = product(ds, k, scale).to(q.dtype) if needs[0] else None
                 dk = product(ds.mT, q, scale).to(k.dtype) if needs[1] else None
@@ -92,16 +96,17 @@ class AttentionBackward(Function):
         d, q, k, v, p, factors, ds = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             grads = _double_backward(d, q, k, v, p, factors, ds, ctx.scale, vq, vk, vv)
-            grads = tuple(g if g is None else g.to(q.dtype) for g in grads)
-        return *grads, None, None, None, None
+        grad_d, grad_w, *rest = grads
+        rest = [g if g is None else g.to(q.dtype) for g in rest]
+        return grad_d.to(d.dtype), grad_w if ctx.needs_input_grad[1] else None, *rest, None, None, None, None
 
 
 def _double_backward(
     d: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, factors: Tensor | None, ds: Tensor | None, scale: float,
     vq: Tensor | None, vk: Tensor | None, vv: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """``(grad_dO, grad_Q, grad_K, grad_V)``; the names are those of the module's formulas."""
-    z = grad_d = grad_v = None
+    """``(grad_dO, grad_dW, grad_Q, grad_K, grad_V)``; the names are those of the module's formulas."""
+    z = pt = grad_d = grad_v = None
     if vv is not None:
         grad_d = product(_times(p, factors), vv)
         z = _times_(product(d, vv.mT), factors).mul_(p)
@@ -122,7 +127,7 @@ def _double_backward(
         grad_q = product(ds, vk, scale, onto=grad_q)
     if vq is not None:
         grad_k = product(ds.mT, vq, scale, onto=grad_k)
-    return grad_d, grad_q, grad_k, grad_v
+    return grad_d, pt, grad_q, grad_k, grad_v
 
 
 def _score_tangent(q: Tensor, k: Tensor, vq: Tensor | None, vk: Tensor | None, scale: float) -> Tensor | None:

@@ -21,7 +21,7 @@ from fastreg.kernels import explain, registry
 
 PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "tqdm")
 NATIVE_MODULES = {"_C": "C++ kernels for CPUs", "_cuda": "C++ kernels for NVIDIA GPUs"}
-NEVER_BUILT = "never built (install fastreg with `pip install .` or `pip install -e .`)"
+NOT_BUILT = "not built, or its build failed (run `pip install .` in fastreg's source folder)"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def build_info() -> dict[str, dict[str, bool | str]]:
 def native_module(name: str) -> NativeModule:
     """State of ``fastreg.<name>``, by importing it."""
     purpose = NATIVE_MODULES[name]
-    recorded = build_info().get(name, {"detail": NEVER_BUILT})
+    recorded = build_info().get(name, {"detail": NOT_BUILT})
     if find_spec(f"fastreg.{name}") is None:
         return NativeModule(purpose, False, str(recorded["detail"]))
     try:

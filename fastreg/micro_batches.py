@@ -72,12 +72,12 @@ class MicroBatches:
 
         ``function`` returns ``[m, n / m, ...]``; the result is flattened back to ``[n, ...]``.
         """
-        pieces = [function(*cut).flatten(0, 1) for cut in self._cuts(rows, segments)]
+        pieces = [function(*cut).flatten(0, 1) for cut in self.cuts(rows, segments)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def fold(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         """Apply ``function`` to row tensors seen as ``[m, n / m, ...]``; it returns ``[m, ...]``."""
-        pieces = [function(*cut) for cut in self._cuts(rows, ())]
+        pieces = [function(*cut) for cut in self.cuts(rows, ())]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def reduce(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -91,7 +91,8 @@ class MicroBatches:
         total = self.fold(lambda cut: cut.sum((1, *summed), keepdim=True).squeeze(1), rows)
         return total.reshape(self.count, *shape)
 
-    def _cuts(self, rows: tuple[Tensor, ...], segments: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def cuts(self, rows: tuple[Tensor, ...], segments: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Row tensors as views ``[m', n', ...]`` with the matching part of segment tensors: one or two groups."""
         if not self.tail:
             views = (tensor.unflatten(0, (self.count, -1)) for tensor in rows)
             return [(*views, *segments)]
@@ -134,11 +135,17 @@ class Selection:
         total = rows.shape[0] // self.kept.samples * self.whole.samples
         return rows.new_zeros(total, *rows.shape[1:]).index_copy_(0, self._row_index(total, rows.device), rows)
 
-    def scale(self, rows: Tensor, factors: Tensor, onto: Tensor | None = None) -> Tensor:
+    def scaled(self, rows: Tensor, factors: Tensor, onto: Tensor | None = None) -> Tensor:
         """``onto + factors_k * rows``; ``onto`` is overwritten. Arguments are restricted, as is the result."""
         if onto is None:
             return self.kept.map(lambda r, c: r * _aligned(c, r), (rows,), (factors,))
         return self.kept.map(lambda o, r, c: o.addcmul_(r, _aligned(c, r)), (onto, rows), (factors,))
+
+    def scale_(self, rows: Tensor, factors: Tensor) -> Tensor:
+        """``rows`` overwritten by ``factors_k * rows``."""
+        for view, part in self.kept.cuts((rows,), (factors,)):
+            view.mul_(_aligned(part, view))
+        return rows
 
     def take_segments(self, values: Tensor) -> Tensor:
         """The entries of ``values [m]`` that belong to the chosen micro-batches."""

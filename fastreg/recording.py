@@ -20,7 +20,7 @@ from fastreg.rules.joining import Root
 from fastreg.rules.registry import ROUTES
 from fastreg.rules.tape import Tape
 from fastreg.rules.views import VIEWS
-from fastreg.session import Phase, Session
+from fastreg.session import Phase, Session, Traced
 
 
 class Recorder(TorchFunctionMode):
@@ -35,6 +35,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         session: the session of the last recorded forward, or None.
+        trace: set it to a list to have recorded operations noted there.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Recorder(TorchFunctionMode):
         self.parameters = list(parameters)
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.session: Session | None = None
+        self.trace: list[Traced] | None = None
         self._tape: Tape | None = None
         self._entered: list[nn.Module | None] = []
         owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
@@ -97,6 +99,7 @@ class Recorder(TorchFunctionMode):
             raise FastregError("recording: the model must have a parameter that requires grad, got none")
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in tracked) else torch.float32
         self.session = Session(samples, self.size, dtype, tracked[0].device, self.phase)
+        self.session.trace = self.trace
         self.session.root = Root.apply(self.session, self.session.probe)
         self._tape = Tape(self.session, tracked)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -21,6 +22,21 @@ class Phase(Enum):
     STATISTICS = "input and parameter gradients, and squared norms with them"
 
 
+@dataclass(frozen=True)
+class Traced:
+    """One recorded operation, for reports.
+
+    Attributes:
+        rule: name of the operation.
+        form: how its micro-batch gradients are represented.
+        parameters: identities of the parameters it took.
+    """
+
+    rule: str
+    form: str
+    parameters: tuple[int, ...]
+
+
 class Session:
     """The state of one recorded forward pass.
 
@@ -33,6 +49,7 @@ class Session:
             the place where parameters that were used several times are put together.
         uses: how often each parameter (by id) was used in the forward.
         per_parameter: when a dict, squared norms ``[m]`` are also added up per parameter id.
+        trace: when a list, recorded operations are noted there.
         selected: micro-batches the norms are restricted to, or None for all.
     """
 
@@ -45,6 +62,7 @@ class Session:
         self.uses: Counter[int] = Counter()
         self.phase = phase
         self.per_parameter: dict[int, Tensor] | None = None
+        self.trace: list[Traced] | None = None
         self.selected: tuple[int, ...] | None = None
         self.shared: list = []
         self.outputs: object = None

@@ -17,6 +17,18 @@ class Parts(NamedTuple):
     bias: bool
 
 
+class Rows(NamedTuple):
+    """``G_k = sum_s left_s right_s^T`` over the rows of micro-batch ``k``, for a parameter ``[V, D]``.
+
+    Attributes:
+        left: ``[S, V]``, or ``[S]`` int64: rows of the identity (a gather).
+        right: ``[S, D]``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
 class Bilinear(ABC):
     """``y = B(x, w) + b``: linear in the parameters for fixed ``x``, and linear in ``x`` for fixed ``w``.
 
@@ -54,6 +66,14 @@ class Bilinear(ABC):
     @abstractmethod
     def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
         """``B^T(d_k, G_k)`` for given ``gradients [m, *w.shape]``; shaped as ``x``."""
+
+    def form(self, x: Tensor, y: Tensor, cut: MicroBatches) -> str:
+        """For reports: how ``G_k`` is represented, for input ``x`` and output ``y``."""
+        return "dense"
+
+    def rows(self, x: Tensor, d: Tensor) -> Rows | None:
+        """The row form of ``G_k`` if the operation has one: it joins several uses without storing ``G_k``."""
+        return None
 
     def bias_view(self, bias: Tensor, y: Tensor) -> tuple[int, ...]:
         """The shape in which ``b`` broadcasts against one row ``y[0]``, right-aligned."""

@@ -16,7 +16,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastreg.micro_batches import MicroBatches, Selection
-from fastreg.rules.bilinear import sum_squares
+from fastreg.rules.bilinear import Rows, sum_squares
+from fastreg.rules.row_joining import RowJoin, prefers_rows
 from fastreg.rules.use import Lineage, Use
 from fastreg.session import Phase, Session
 
@@ -42,6 +43,12 @@ class Deposit:
         op = self.use.op
         share = op.bias_dense(d, self.derived, cut) if self.is_bias else op.dense(x, d, self.derived, cut)
         return self.lineage.transpose_lift(share)
+
+    def rows(self) -> Rows | None:
+        """The row form of this use, if the operation took the parameter itself, as its weight, and has one."""
+        if self.is_bias or self.lineage.lift is not None:
+            return None
+        return self.use.op.rows(self.x, self.d)
 
     def pull(self, x: Tensor, d: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
         """``B(x, G_k)`` for the whole gradients ``[m, *parameter.shape]``."""
@@ -71,20 +78,28 @@ class Root(Function):
             by_parameter[deposit.lineage.key].append(deposit)
         ctx.session.shared.clear()
         for key, deposits in by_parameter.items():
-            rows = [tensor for deposit in deposits for tensor in (deposit.x, deposit.d)]
-            joined = Join.apply(ctx.session, deposits, torch.is_grad_enabled(), *rows)
+            joined = _joined(ctx.session, deposits)
             ctx.session.add_norms(key, joined.detach())
             squared = joined if squared is None else squared + joined
         return None, squared
 
 
+def _joined(session: Session, deposits: list[Deposit]) -> Tensor:
+    """Squared norms ``[m]`` of one parameter, by the cheaper of row form and dense form."""
+    pick = Selection(session.micro_batches, session.selected if session.phase is Phase.CHAIN else None)
+    exact = torch.is_grad_enabled()
+    factors = [deposit.rows() for deposit in deposits]
+    if None not in factors and prefers_rows(factors, pick.whole, deposits[0].derived.shape):
+        return RowJoin.apply(session, pick, exact, *(t for use in factors for t in (use.left, use.right)))
+    return Join.apply(session, pick, deposits, exact, *(t for deposit in deposits for t in (deposit.x, deposit.d)))
+
+
 class Join(Function):
-    """Squared norms ``[m]`` of one parameter from the rows of all its uses."""
+    """Squared norms ``[m]`` of one parameter from its dense gradients ``[m, *shape]``, summed over uses."""
 
     @staticmethod
-    def forward(ctx, session: Session, deposits: list[Deposit], exact: bool, *rows: Tensor) -> Tensor:
-        chosen = session.selected if session.phase is Phase.CHAIN else None
-        ctx.pick = pick = Selection(session.micro_batches, chosen)
+    def forward(ctx, session: Session, pick: Selection, deposits: list[Deposit], exact: bool, *rows: Tensor) -> Tensor:
+        ctx.pick = pick
         rows = tuple(pick.take(tensor) for tensor in rows)
         uses = list(zip(deposits, rows[::2], rows[1::2]))
         gradients = uses[0][0].gradients(*uses[0][1:], pick.kept)
@@ -99,14 +114,14 @@ class Join(Function):
     @once_differentiable
     def backward(ctx, vsq: Tensor):
         gradients, *rows = ctx.saved_tensors
-        pick, needs = ctx.pick, ctx.needs_input_grad[3:]
+        pick, needs = ctx.pick, ctx.needs_input_grad[4:]
         factors = 2 * pick.take_segments(vsq)
-        grads: list[Tensor | None] = [None, None, None]
+        grads: list[Tensor | None] = [None] * 4
         for i, (deposit, x, d) in enumerate(zip(ctx.deposits, rows[::2], rows[1::2])):
             grad_x = grad_d = None
             if needs[2 * i] and not deposit.is_bias:
-                grad_x = pick.put(pick.scale(deposit.push(x, d, gradients, pick.kept), factors))
+                grad_x = pick.put(pick.scale_(deposit.push(x, d, gradients, pick.kept), factors))
             if needs[2 * i + 1]:
-                grad_d = pick.put(pick.scale(deposit.pull(x, d, gradients, pick.kept), factors))
+                grad_d = pick.put(pick.scaled(deposit.pull(x, d, gradients, pick.kept), factors))
             grads += [grad_x, grad_d]
         return tuple(grads)

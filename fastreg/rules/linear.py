@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
-from fastreg.kernels import outer_apply, outer_sqnorm, outer_sum
+from fastreg.kernels import explain, outer_apply, outer_sqnorm, outer_sum
 from fastreg.micro_batches import MicroBatches
-from fastreg.rules.bilinear import Bilinear, Parts
+from fastreg.rules.bilinear import Bilinear, Parts, Rows
 from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
 
@@ -42,6 +42,16 @@ class Linear(Bilinear):
 
     def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
         return cut.map(torch.bmm, (rows_of(d),), (gradients,)).view(x.shape)
+
+    def form(self, x: Tensor, y: Tensor, cut: MicroBatches) -> str:
+        if not _quadratic(x, y, cut):
+            return "dense"
+        a, e = rows_of(x), rows_of(y)
+        candidates = explain("outer_apply", a, a, e, cut.offsets(a.shape[0]), False)
+        return f"quadratic ({next(c.name for c in candidates if c.chosen)})"
+
+    def rows(self, x: Tensor, d: Tensor) -> Rows:
+        return Rows(rows_of(d), rows_of(x))
 
     def norms(self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches) -> Tensor:
         if not parts.weight:

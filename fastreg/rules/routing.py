@@ -114,9 +114,9 @@ class RoutedBackward(Function):
         if vsq is not None and tangent is not None:
             factors = 2 * pick.take_segments(vsq)
             if needs_d:
-                grad_d = pick.scale(tangent, factors, onto=grad_d)
+                grad_d = pick.scaled(tangent, factors, onto=grad_d)
             if needs_x and ctx.wanted.norms.weight:
-                grad_x = pick.scale(op.push(x, d, memo, pick.kept), factors)
+                grad_x = pick.scale_(op.push(x, d, memo, pick.kept), factors)
         if vw is not None:
             grad_d = _plus(grad_d, op.forward(x, vw, None)) if needs_d else None
             grad_x = _plus(grad_x, op.transpose(d, vw, x)) if needs_x else None

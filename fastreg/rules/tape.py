@@ -11,7 +11,7 @@ from fastreg.errors import UnsupportedOperation
 from fastreg.rules.bilinear import Bilinear
 from fastreg.rules.routing import Routed
 from fastreg.rules.use import Lineage, Use
-from fastreg.session import Session
+from fastreg.session import Session, Traced
 
 
 class Tape:
@@ -64,10 +64,19 @@ class Tape:
         of_weight, of_bias = self.lineage(weight), self.lineage(bias)
         self.session.count_use(of_weight and of_weight.key, of_bias and of_bias.key)
         use = Use(self.session, op, of_weight, of_bias)
-        device = x.device.type
-        if not (autocast and torch.is_autocast_enabled(device)):
-            return Routed.apply(use, x, weight, bias, self.session.root)
-        low = torch.get_autocast_dtype(device)
-        x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
-        with torch.autocast(device, enabled=False):
-            return Routed.apply(use, x, weight, bias, self.session.root)
+        y = _apply(use, x, weight, bias, autocast)
+        if self.session.trace is not None:
+            keys = tuple(lineage.key for lineage in (of_weight, of_bias) if lineage is not None)
+            form = op.form(x, y, self.session.micro_batches)
+            self.session.trace.append(Traced(type(op).__name__, form, keys))
+        return y
+
+
+def _apply(use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
+    root, device = use.session.root, x.device.type
+    if not (autocast and torch.is_autocast_enabled(device)):
+        return Routed.apply(use, x, weight, bias, root)
+    low = torch.get_autocast_dtype(device)
+    x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
+    with torch.autocast(device, enabled=False):
+        return Routed.apply(use, x, weight, bias, root)
