@@ -1,15 +1,155 @@
 // Python bindings of the CPU code: module fastreg._C.
 // Tensors arrive as integers from Tensor.data_ptr(); shapes, dtypes and contiguity are checked in
-// Python before the call, and nothing here allocates or frees what it is given.
+// Python before the call, and nothing here allocates or frees what it is given. Every op releases the
+// interpreter lock.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "affine_sqnorm.h"
+#include "attention.h"
+#include "gelu_double_backward.h"
+#include "index_sqnorm.h"
 #include "machine.h"
+#include "normalize.h"
+#include "outer_apply.h"
+#include "outer_sqnorm.h"
+#include "outer_sum.h"
+#include "segment_dot.h"
 
 namespace py = pybind11;
+using namespace fastreg;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const std::int64_t* int64_at(Address address) { return at<const std::int64_t>(address); }
+
+template <class T>
+void bind_outer_products(py::module_& m, const std::string& suffix) {
+  m.def(("outer_sum" + suffix).c_str(),
+        [](Address a, Address d, Address offsets, Address total, Address sq, Size inputs, Size outputs,
+           Size segments, int threads) {
+          outer_sum<T>({at<T>(a), at<T>(d), int64_at(offsets), at<T>(total), at<T>(sq), inputs, outputs,
+                        segments, threads});
+        },
+        Unlocked());
+  m.def(("outer_sqnorm" + suffix).c_str(),
+        [](Address a, Address d, Address offsets, Address sq, Size inputs, Size outputs, Size segments,
+           bool bias, int threads) {
+          outer_sqnorm<T>({at<T>(a), at<T>(d), int64_at(offsets), at<T>(sq), inputs, outputs, segments,
+                           bias, threads});
+        },
+        Unlocked());
+  m.def(("outer_apply" + suffix).c_str(),
+        [](Address q, Address k, Address v, Address offsets, Address out, Size inputs, Size outputs,
+           Size segments, bool bias, int threads) {
+          outer_apply<T>({at<T>(q), at<T>(k), at<T>(v), int64_at(offsets), at<T>(out), inputs, outputs,
+                          segments, bias, threads});
+        },
+        Unlocked());
+}
+
+template <class T>
+void bind_segment_sums(py::module_& m, const std::string& suffix) {
+  m.def(("affine_sqnorm" + suffix).c_str(),
+        [](Address x, Address d, Address offsets, Address sq_scale, Address sq_bias, Address scale,
+           Address bias, Size channels, Size places, Size segments, int threads) {
+          affine_sqnorm<T>({at<T>(x), at<T>(d), int64_at(offsets), at<T>(sq_scale), at<T>(sq_bias),
+                            at<T>(scale), at<T>(bias), channels, places, segments, threads});
+        },
+        Unlocked());
+  m.def(("index_sqnorm" + suffix).c_str(),
+        [](Address index, Address d, Address offsets, Address sq, Address shared, Size width,
+           Size segments, int threads) {
+          index_sqnorm<T>({int64_at(index), at<T>(d), int64_at(offsets), at<T>(sq), at<T>(shared), width,
+                           segments, threads});
+        },
+        Unlocked());
+  m.def(("segment_dot" + suffix).c_str(),
+        [](Address x, Address y, Address offsets, Address out, Size width, Size segments, int threads) {
+          segment_dot<T>({at<T>(x), at<T>(y), int64_at(offsets), at<T>(out), width, segments, threads});
+        },
+        Unlocked());
+}
+
+template <class T>
+void bind_normalize(py::module_& m, const std::string& suffix) {
+  m.def(("normalize" + suffix).c_str(),
+        [](Address x, Address xhat, Address rstd, Size rows, Size width, double eps, bool center,
+           int threads) {
+          normalize<T>({at<T>(x), at<T>(xhat), at<T>(rstd), rows, width, eps, center, threads});
+        },
+        Unlocked());
+  m.def(("normalize_backward" + suffix).c_str(),
+        [](Address xhat, Address rstd, Address g, Address dx, Size rows, Size width, bool center,
+           int threads) {
+          normalize_backward<T>({at<T>(xhat), at<T>(rstd), at<T>(g), at<T>(dx), rows, width, center, threads});
+        },
+        Unlocked());
+  m.def(("normalize_double_backward" + suffix).c_str(),
+        [](Address xhat, Address rstd, Address g, Address v, Address grad_g, Address grad_x, Size rows,
+           Size width, bool center, int threads) {
+          normalize_double_backward<T>({at<T>(xhat), at<T>(rstd), at<T>(g), at<T>(v), at<T>(grad_g),
+                                        at<T>(grad_x), rows, width, center, threads});
+        },
+        Unlocked());
+}
+
+template <class T>
+void bind_attention(py::module_& m, const std::string& suffix) {
+  m.def(("attention_backward" + suffix).c_str(),
+        [](Address q, Address k, Address v, Address lse, Address d, Address dq, Address dk, Address dv, Size heads,
+           Size length, Size width, double scale, bool causal, int threads) {
+          attention_backward<T>({at<T>(q), at<T>(k), at<T>(v), at<T>(lse), at<T>(d), at<T>(dq), at<T>(dk), at<T>(dv),
+                                 heads, length, width, static_cast<T>(scale), causal, threads});
+        },
+        Unlocked());
+  m.def(("attention_double_backward" + suffix).c_str(),
+        [](Address q, Address k, Address v, Address lse, Address d, Address vq, Address vk, Address vv, Address grad_d,
+           Address grad_q, Address grad_k, Address grad_v, Size heads, Size length, Size width, double scale,
+           bool causal, int threads) {
+          attention_double_backward<T>({at<T>(q), at<T>(k), at<T>(v), at<T>(lse), at<T>(d), at<T>(vq), at<T>(vk),
+                                        at<T>(vv), at<T>(grad_d), at<T>(grad_q), at<T>(grad_k), at<T>(grad_v), heads,
+                                        length, width, static_cast<T>(scale), causal, threads});
+        },
+        Unlocked());
+}
+
+void bind_gelu(py::module_& m) {
+  m.def("gelu_double_backward_f32",
+        [](Address x, Address d, Address v, Address grad_d, Address grad_x, Size size, bool approximate,
+           int threads) {
+          gelu_double_backward({at<float>(x), at<float>(d), at<float>(v), at<float>(grad_d),
+                                at<float>(grad_x), size, approximate, threads});
+        },
+        Unlocked());
+}
+
+template <class T>
+void bind_ops(py::module_& m, const std::string& suffix) {
+  bind_outer_products<T>(m, suffix);
+  bind_segment_sums<T>(m, suffix);
+  bind_normalize<T>(m, suffix);
+  bind_attention<T>(m, suffix);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastreg CPU kernels";
   m.def("version", [] { return FASTREG_VERSION; }, "Version of fastreg this module was built from.");
-  m.def("max_threads", &fastreg::max_threads, "Threads an OpenMP region would use now.");
-  m.def("isa", &fastreg::isa, "Instruction set the loader picked for cloned functions.");
+  m.def("max_threads", &max_threads, "Threads an OpenMP region would use now.");
+  m.def("isa", &isa, "Instruction set the loader picked for cloned functions.");
+  bind_ops<float>(m, "_f32");
+  bind_ops<double>(m, "_f64");
+  bind_gelu(m);
 }

@@ -23,6 +23,7 @@ from fastreg.kernels._registry import (
     registry,
 )
 from fastreg.kernels.affine_sqnorm import affine_sqnorm
+from fastreg.kernels.attention import attention_backward, attention_double_backward
 from fastreg.kernels.gelu_double_backward import gelu_double_backward
 from fastreg.kernels.index_sqnorm import index_sqnorm
 from fastreg.kernels.normalize import normalize, normalize_backward, normalize_double_backward
@@ -37,6 +38,8 @@ __all__ = [
     "Implementation",
     "Op",
     "affine_sqnorm",
+    "attention_backward",
+    "attention_double_backward",
     "backend",
     "explain",
     "gelu_double_backward",

@@ -130,7 +130,8 @@ def segments(offsets: tuple[int, ...]) -> Segments:
     """
     if len(offsets) < 2 or offsets[0] != 0 or any(stop < start for start, stop in pairwise(offsets)):
         raise FastregError(
-            f"segments: offsets must be two or more ascending row numbers from 0, got {offsets[:16]}"
+            f"segments: offsets must be two or more ascending row numbers from 0, got {list(offsets[:16])} "
+            "(offsets has one entry more than there are segments)"
         )
     starts: dict[int, list[tuple[int, int]]] = {}
     for number, (start, stop) in enumerate(pairwise(offsets)):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastreg.kernels._checks import check_floats, check_shape, check_untracked
 from fastreg.kernels._examples import normal
 from fastreg.kernels._registry import Op
-from fastreg.kernels.gelu_double_backward import reference
+from fastreg.kernels.gelu_double_backward import native, reference
 
 
 def examples(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
@@ -27,6 +27,7 @@ OP = Op(
     schema="(Tensor x, Tensor d, Tensor v, bool approximate) -> (Tensor, Tensor)",
     reference=reference.gelu_double_backward,
     examples=examples,
+    implementations=(native.IMPLEMENTATION,),
 )
 
 

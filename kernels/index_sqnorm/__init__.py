@@ -16,7 +16,7 @@ from fastreg.kernels._checks import (
 )
 from fastreg.kernels._examples import OFFSETS, normal
 from fastreg.kernels._registry import Op
-from fastreg.kernels.index_sqnorm import reference
+from fastreg.kernels.index_sqnorm import native, reference
 
 
 def examples(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
@@ -39,6 +39,7 @@ OP = Op(
     schema="(Tensor index, Tensor d, int[] offsets) -> (Tensor, Tensor)",
     reference=reference.index_sqnorm,
     examples=examples,
+    implementations=(native.IMPLEMENTATION,),
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastreg.kernels._checks import check_floats, check_rstd, check_shape, check_untracked
 from fastreg.kernels._examples import normal
 from fastreg.kernels._registry import Op
-from fastreg.kernels.normalize import reference
+from fastreg.kernels.normalize import native, reference
 
 _SHAPES = ((1, 1), (5, 7), (3, 64), (13, 131), (0, 5))
 
@@ -45,18 +45,21 @@ FORWARD = Op(
     schema="(Tensor x, float eps, bool center) -> (Tensor, Tensor)",
     reference=reference.normalize,
     examples=examples_forward,
+    implementations=(native.FORWARD,),
 )
 BACKWARD = Op(
     name="normalize_backward",
     schema="(Tensor xhat, Tensor rstd, Tensor g, bool center) -> Tensor",
     reference=reference.normalize_backward,
     examples=examples_backward,
+    implementations=(native.BACKWARD,),
 )
 DOUBLE_BACKWARD = Op(
     name="normalize_double_backward",
     schema="(Tensor xhat, Tensor rstd, Tensor g, Tensor v, bool center) -> (Tensor, Tensor)",
     reference=reference.normalize_double_backward,
     examples=examples_double,
+    implementations=(native.DOUBLE_BACKWARD,),
 )
 
 

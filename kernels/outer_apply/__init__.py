@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreg.kernels._checks import check_floats, check_offsets, check_shape, check_untracked
 from fastreg.kernels._examples import OFFSETS, normal
 from fastreg.kernels._registry import Op
-from fastreg.kernels.outer_apply import reference
+from fastreg.kernels.outer_apply import native, reference
 
 
 def examples(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
@@ -30,6 +30,7 @@ OP = Op(
     schema="(Tensor q, Tensor k, Tensor v, int[] offsets, bool bias) -> Tensor",
     reference=reference.outer_apply,
     examples=examples,
+    implementations=(native.IMPLEMENTATION,),
 )
 
 

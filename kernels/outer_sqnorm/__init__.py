@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreg.kernels._checks import check_floats, check_offsets, check_shape, check_untracked
 from fastreg.kernels._examples import OFFSETS, normal
 from fastreg.kernels._registry import Op
-from fastreg.kernels.outer_sqnorm import reference
+from fastreg.kernels.outer_sqnorm import native, reference
 
 
 def examples(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
@@ -29,6 +29,7 @@ OP = Op(
     schema="(Tensor a, Tensor d, int[] offsets, bool bias) -> Tensor",
     reference=reference.outer_sqnorm,
     examples=examples,
+    implementations=(native.IMPLEMENTATION,),
 )
 
 

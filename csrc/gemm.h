@@ -1,0 +1,167 @@
+// Products of matrices that fit in a core's cache. Both operands are packed into panels along the reduction, so the
+// inner loop reads two streams and keeps one register tile; a packed operand serves any number of products. Functions
+// are templates on the instruction set and must be inlined into one compiled for it, as in attention_cpu.cpp.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace fastreg {
+
+// Which part of a product with a triangular factor or result is computed; i counts rows of the result, k the
+// reduction.
+enum class Band {
+  kFull,
+  kLower,      // results with j <= i; the rest is left alone
+  kDepthTo,    // the reduction stops at k <= i
+  kDepthFrom,  // the reduction starts at k >= i
+};
+
+template <class T, int BYTES, int HEIGHT>
+struct Gemm {
+  typedef T V __attribute__((vector_size(BYTES), may_alias, aligned(alignof(T))));
+  using Index = typename std::conditional<sizeof(T) == 4, std::int32_t, std::int64_t>::type;
+  typedef Index Lanes __attribute__((vector_size(BYTES)));
+  static constexpr int LANES = BYTES / sizeof(T);
+  static constexpr int WIDTH = 2 * LANES;  // of a right panel
+  // Of a left panel: one group of lanes at most, because packing stores whole vectors.
+  static constexpr int TALL = HEIGHT < LANES ? HEIGHT : LANES;
+
+  // Numbers in `size` packed to panels of N over `depth`; the last store of a panel may reach past it.
+  static std::int64_t packed(std::int64_t size, std::int64_t depth, int n) {
+    return (size + n - 1) / n * n * depth + LANES;
+  }
+
+  static FASTREG_INLINE const V& load(const T* from) { return *reinterpret_cast<const V*>(from); }
+  static FASTREG_INLINE void store(T* to, const V& value) { *reinterpret_cast<V*>(to) = value; }
+
+  // Panels of a matrix stored with the reduction along its rows: from [depth, size].
+  template <int N>
+  static FASTREG_INLINE void pack_rows(const T* from, std::int64_t stride, std::int64_t size, std::int64_t depth, T* to) {
+    for (std::int64_t i = 0; i < size; i += N) {
+      const int own = static_cast<int>(std::min<std::int64_t>(N, size - i));
+      for (std::int64_t k = 0; k < depth; ++k, to += N) {
+        const T* row = from + k * stride + i;
+        if (own == N) {
+#pragma GCC unroll 32
+          for (int j = 0; j < N; ++j) to[j] = row[j];
+        } else {
+          for (int j = 0; j < N; ++j) to[j] = j < own ? row[j] : T(0);
+        }
+      }
+    }
+  }
+
+  // Panels of a matrix stored with the reduction along its columns: from [size, depth].
+  template <int N>
+  static FASTREG_INLINE void pack_columns(const T* from, std::int64_t stride, std::int64_t size, std::int64_t depth,
+                                          T* to) {
+    for (std::int64_t i = 0; i < size; i += N, to += N * depth) {
+      for (int group = 0; group < N; group += LANES) {
+        const int wanted = std::min(LANES, N - group);
+        const int own = static_cast<int>(std::clamp<std::int64_t>(size - i - group, 0, wanted));
+        pack_group<N>(from + (i + group) * stride, stride, own, depth, to + group);
+      }
+    }
+  }
+
+  template <int N>
+  static FASTREG_INLINE void pack_group(const T* from, std::int64_t stride, int own, std::int64_t depth, T* to) {
+    std::int64_t k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+      V rows[LANES] = {};
+      for (int r = 0; r < own; ++r) rows[r] = load(from + r * stride + k);
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; ++r) store(to + (k + r) * N, rows[r]);
+    }
+    const int width = std::min(LANES, N);
+    for (; k < depth; ++k) {
+      for (int r = 0; r < width; ++r) to[k * N + r] = r < own ? from[r * stride + k] : T(0);
+    }
+  }
+
+  // Exchanges blocks of 1, 2, 4, ... lanes between pairs of rows.
+  static FASTREG_INLINE void transpose(V (&rows)[LANES]) {
+#pragma GCC unroll 4
+    for (int half = 1; half < LANES; half *= 2) {
+      Lanes low, high;
+#pragma GCC unroll 16
+      for (int lane = 0; lane < LANES; ++lane) {
+        low[lane] = lane & half ? LANES + lane - half : lane;
+        high[lane] = lane & half ? LANES + lane : lane + half;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < LANES; ++r) {
+        if (r & half) continue;
+        const V a = rows[r], b = rows[r + half];
+        rows[r] = __builtin_shuffle(a, b, low);
+        rows[r + half] = __builtin_shuffle(a, b, high);
+      }
+    }
+  }
+
+  // out[i, j] = alpha sum_k left[k, i] right[k, j], added to what is there if `add`.
+  struct Product {
+    const T* left;   // panels of TALL over depth
+    const T* right;  // panels of WIDTH over depth
+    std::int64_t rows, columns, depth;
+    T* out;
+    std::int64_t stride;
+    T alpha;
+    bool add;
+    Band band;
+  };
+
+  static FASTREG_INLINE void multiply(const Product& p) {
+    for (std::int64_t i = 0; i < p.rows; i += TALL) {
+      const std::int64_t from = p.band == Band::kDepthFrom ? i : 0;
+      const std::int64_t to = p.band == Band::kDepthTo ? std::min(p.depth, i + TALL) : p.depth;
+      const std::int64_t columns = p.band == Band::kLower ? std::min(p.columns, i + TALL) : p.columns;
+      for (std::int64_t j = 0; j < columns; j += WIDTH) tile(p, i, j, from, to);
+    }
+  }
+
+  static FASTREG_INLINE void tile(const Product& p, std::int64_t i, std::int64_t j, std::int64_t from, std::int64_t to) {
+    V sum[TALL][2] = {};
+    const T* left = p.left + i * p.depth + from * TALL;
+    const T* right = p.right + j * p.depth + from * WIDTH;
+    for (std::int64_t k = from; k < to; ++k, left += TALL, right += WIDTH) {
+      const V first = load(right), second = load(right + LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < TALL; ++r) {
+        sum[r][0] += first * left[r];
+        sum[r][1] += second * left[r];
+      }
+    }
+    const int rows = static_cast<int>(std::min<std::int64_t>(TALL, p.rows - i));
+    T* out = p.out + i * p.stride + j;
+    if (rows == TALL && j + WIDTH <= p.columns) {
+#pragma GCC unroll 16
+      for (int r = 0; r < TALL; ++r, out += p.stride) {
+        store(out, p.add ? load(out) + p.alpha * sum[r][0] : p.alpha * sum[r][0]);
+        store(out + LANES, p.add ? load(out + LANES) + p.alpha * sum[r][1] : p.alpha * sum[r][1]);
+      }
+    } else {
+      edge(p, sum, out, rows, static_cast<int>(std::min<std::int64_t>(WIDTH, p.columns - j)));
+    }
+  }
+
+  // Not inlined into the loop's registers: the indices are variable.
+  static FASTREG_INLINE void edge(const Product& p, const V (&sum)[TALL][2], T* out, int rows, int columns) {
+    T values[TALL][WIDTH];
+#pragma GCC unroll 16
+    for (int r = 0; r < TALL; ++r) {
+      store(values[r], sum[r][0]);
+      store(values[r] + LANES, sum[r][1]);
+    }
+    for (int r = 0; r < rows; ++r, out += p.stride) {
+      for (int c = 0; c < columns; ++c) out[c] = (p.add ? out[c] : T(0)) + p.alpha * values[r][c];
+    }
+  }
+};
+
+}  // namespace fastreg
