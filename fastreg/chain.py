@@ -22,7 +22,8 @@ def squared_norms(session: Session, total: Tensor, *, differentiable: bool) -> T
     Raises:
         FastregError: ``total`` does not depend on the recorded forward.
     """
-    with session.during(Phase.CHAIN):
+    # Operations chose their dtypes in the forward: an ambient autocast must not change them here.
+    with session.during(Phase.CHAIN), torch.autocast(total.device.type, enabled=False):
         (squared,) = torch.autograd.grad(
             total, session.probe, create_graph=differentiable, retain_graph=True, allow_unused=True
         )

@@ -96,7 +96,7 @@ def check(
     check_model(model)
     samples = batch[0].shape[0]
     recorder = Recorder(model, micro_batch_size or max(1, samples // 2), model.parameters(), lambda: True)
-    recorder.trace = []
+    recorder.trace, recorder.keeps_outputs = [], True
     try:
         with torch.enable_grad():
             outputs = model(batch[0])

@@ -32,8 +32,12 @@ COMMANDS = {
         "small-batch, large-batch and regularized large-batch SGD compared on real data",
         "fastreg train --help",
     ),
-    "bench": Command("fastreg.benchmark.cli", "time a training step against its peers", "fastreg bench --model mlp"),
-    "check": Command("fastreg.check_cli", "which rule serves each parameter, and a self-test", "fastreg check --help"),
+    "bench": Command(
+        "fastreg.benchmark.cli", "time a training step against its peers", "fastreg bench --model mlp"
+    ),
+    "check": Command(
+        "fastreg.check_cli", "which rule serves each parameter, and a self-test", "fastreg check --help"
+    ),
 }
 
 

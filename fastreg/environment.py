@@ -75,7 +75,8 @@ def native_module(name: str) -> NativeModule:
     except ImportError as error:
         return NativeModule(purpose, False, f"does not load: {error} (reinstall fastreg)")
     if module.version() != __version__:
-        return NativeModule(purpose, True, f"stale: built from fastreg {module.version()} (reinstall fastreg)")
+        stale = f"stale: built from fastreg {module.version()} (reinstall fastreg)"
+        return NativeModule(purpose, True, stale)
     return NativeModule(purpose, True, str(recorded["detail"]))
 
 

@@ -11,8 +11,4 @@ class FastregError(Exception):
 
 
 class UnsupportedOperation(FastregError):
-    """A tracked parameter reached an operation for which no exact rule is known."""
-
-
-class UnsupportedOperation(FastregError):
-    """A parameter reaches an operation for which no rule is registered."""
+    """A tracked parameter reaches an operation for which no exact rule is registered."""

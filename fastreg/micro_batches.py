@@ -91,6 +91,18 @@ class MicroBatches:
         total = self.fold(lambda cut: cut.sum((1, *summed), keepdim=True).squeeze(1), rows)
         return total.reshape(self.count, *shape)
 
+    def scaled(self, rows: Tensor, factors: Tensor, onto: Tensor | None = None) -> Tensor:
+        """``onto + factors_k * rows`` for ``factors [m]``; ``onto`` is overwritten."""
+        if onto is None:
+            return self.map(lambda r, c: r * _aligned(c, r), (rows,), (factors,))
+        return self.map(lambda o, r, c: o.addcmul_(r, _aligned(c, r)), (onto, rows), (factors,))
+
+    def scale_(self, rows: Tensor, factors: Tensor) -> Tensor:
+        """``rows`` overwritten by ``factors_k * rows``."""
+        for view, part in self.cuts((rows,), (factors,)):
+            view.mul_(_aligned(part, view))
+        return rows
+
     def cuts(self, rows: tuple[Tensor, ...], segments: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """Row tensors as views ``[m', n', ...]`` with the matching part of segment tensors: one or two groups."""
         if not self.tail:
@@ -134,18 +146,6 @@ class Selection:
             return rows
         total = rows.shape[0] // self.kept.samples * self.whole.samples
         return rows.new_zeros(total, *rows.shape[1:]).index_copy_(0, self._row_index(total, rows.device), rows)
-
-    def scaled(self, rows: Tensor, factors: Tensor, onto: Tensor | None = None) -> Tensor:
-        """``onto + factors_k * rows``; ``onto`` is overwritten. Arguments are restricted, as is the result."""
-        if onto is None:
-            return self.kept.map(lambda r, c: r * _aligned(c, r), (rows,), (factors,))
-        return self.kept.map(lambda o, r, c: o.addcmul_(r, _aligned(c, r)), (onto, rows), (factors,))
-
-    def scale_(self, rows: Tensor, factors: Tensor) -> Tensor:
-        """``rows`` overwritten by ``factors_k * rows``."""
-        for view, part in self.kept.cuts((rows,), (factors,)):
-            view.mul_(_aligned(part, view))
-        return rows
 
     def take_segments(self, values: Tensor) -> Tensor:
         """The entries of ``values [m]`` that belong to the chosen micro-batches."""

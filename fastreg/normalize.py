@@ -1,8 +1,8 @@
-"""Normalisation to second order: rows of one sample (layer, group, instance, RMS norm) with a double backward by hand.
+"""Normalisation to second order, its double backward by hand: rows of one sample, and batch norm by micro-batch.
 
 ``J = d xhat / d x`` is symmetric, so with ``L = <v, J g>`` the double backward is ``dL/dg = J v`` and a closed form for
-``dL/dx`` (see :func:`fastreg.kernels.normalize_double_backward`): three passes over memory where torch's own double
-backward of a norm layer is a composite of about twenty.
+``dL/dx`` (see :func:`fastreg.kernels.normalize_double_backward`), in a few passes over memory; torch's own double
+backward of a norm layer is a long composite.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ def tether_to(x: Tensor) -> Tensor:
     return x.new_zeros(()).expand(x.shape)
 
 
+def _with(dx: Tensor, from_tether: Tensor | None) -> Tensor:
+    """The gradient of the input from both outputs; ``dx`` is this backward's own, so it is added to if it may be."""
+    if from_tether is None:
+        return dx
+    return dx + from_tether if torch.is_grad_enabled() else dx.add_(from_tether)
+
+
 class NormalizeRows(Function):
     """``x -> xhat, tether``; the gradient of the tether is a gradient of ``x``."""
 
@@ -69,7 +76,7 @@ class NormalizeRows(Function):
             return from_tether, None, None, None
         xhat, rstd, tether = ctx.saved_tensors
         dx = NormalizeRowsBackward.apply(g, xhat, rstd, tether, ctx.width, ctx.center)
-        return dx if from_tether is None else dx + from_tether, None, None, None
+        return _with(dx, from_tether), None, None, None
 
 
 class NormalizeRowsBackward(Function):
@@ -91,7 +98,7 @@ class NormalizeRowsBackward(Function):
 
 
 def normalize_micro_batches(x: Tensor, cut: MicroBatches, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Batch normalisation of each micro-batch on its own: ``(x - mean_kc) / sqrt(var_kc + eps)``; differentiable twice.
+    r"""Batch normalisation of each micro-batch alone: ``(x - mean_kc) / sqrt(var_kc + eps)``; differentiable twice.
 
     Args:
         x: [n, C, ...] float, samples along dimension 0.
@@ -139,7 +146,7 @@ class NormalizeMicroBatches(Function):
         if g is None:
             return from_tether, None, None
         dx = NormalizeMicroBatchesBackward.apply(g, *ctx.saved_tensors, ctx.cut)
-        return dx if from_tether is None else dx + from_tether, None, None
+        return _with(dx, from_tether), None, None
 
 
 class NormalizeMicroBatchesBackward(Function):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastreg.errors import FastregError, UnsupportedOperation
-from fastreg.rules.joining import Root
 from fastreg.rules.registry import ROUTES
 from fastreg.rules.tape import Tape
 from fastreg.rules.views import VIEWS
@@ -35,6 +34,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         session: the session of the last recorded forward, or None.
+        keeps_outputs: set it to have the model's last outputs in ``outputs``, until they are taken away.
         trace: set it to a list to have recorded operations noted there.
     """
 
@@ -52,6 +52,8 @@ class Recorder(TorchFunctionMode):
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.session: Session | None = None
         self.trace: list[Traced] | None = None
+        self.keeps_outputs = False
+        self.outputs: object = None
         self._tape: Tape | None = None
         self._entered: list[nn.Module | None] = []
         owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
@@ -66,7 +68,7 @@ class Recorder(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.session = self._tape = None
+        self.session = self._tape = self.outputs = None
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: start or continue recording."""
@@ -85,7 +87,7 @@ class Recorder(TorchFunctionMode):
         if not self._entered:
             self.__exit__(None, None, None)
         if module is self.model and torch._C._current_graph_task_id() == -1:
-            self.session.outputs = output
+            self.outputs = output if self.keeps_outputs else None
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch._C._current_graph_task_id() != -1 and self._tape is not None:
@@ -100,7 +102,6 @@ class Recorder(TorchFunctionMode):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in tracked) else torch.float32
         self.session = Session(samples, self.size, dtype, tracked[0].device, self.phase)
         self.session.trace = self.trace
-        self.session.root = Root.apply(self.session, self.session.probe)
         self._tape = Tape(self.session, tracked)
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:

@@ -90,6 +90,7 @@ class Regularizer:
         self._choice = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         tracked = model.parameters() if parameters is None else parameters
         self._recorder = Recorder(model, micro_batch_size, tracked, self._active)
+        self._recorder.keeps_outputs = check
 
     def __call__(
         self,
@@ -132,7 +133,7 @@ class Regularizer:
         if self.check and not self._checked:
             refuse_offenders(loss, session)
             self_check(step, self._recorder)
-            self._checked = True
+            self._checked, self._recorder.keeps_outputs = True, False
         session.selected = self._choose(session.micro_batches.count)
         penalty = self._penalty(step) * (self.every * scale)
         return loss + (penalty - penalty.detach()).to(loss.dtype)

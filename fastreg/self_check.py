@@ -28,7 +28,8 @@ _CAUSES = (
 def self_check(step: Step, recorder: Recorder) -> None:
     """Raise FastregError if the recorded norms, or the penalty's gradient, differ from plain autograd's."""
     session = step.session
-    outputs = first_tensor(session.outputs)
+    outputs = first_tensor(recorder.outputs)
+    recorder.outputs = None
     if outputs is None or not outputs.requires_grad:
         outputs = step.outputs
     if outputs is None or not outputs.requires_grad:

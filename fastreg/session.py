@@ -45,8 +45,6 @@ class Session:
 
     Attributes:
         probe: leaf ``[m]``, float32 (float64 for double models).
-        root: what operations take instead of the leaf. Its backward runs after every operation's, which makes it
-            the place where parameters that were used several times are put together.
         uses: how often each parameter (by id) was used in the forward.
         per_parameter: when a dict, squared norms ``[m]`` are also added up per parameter id.
         trace: when a list, recorded operations are noted there.
@@ -58,14 +56,12 @@ class Session:
     ) -> None:
         self.micro_batches = MicroBatches(samples, size)
         self.probe = torch.zeros(self.micro_batches.count, dtype=dtype, device=device, requires_grad=True)
-        self.root: Tensor | None = None
         self.uses: Counter[int] = Counter()
         self.phase = phase
         self.per_parameter: dict[int, Tensor] | None = None
         self.trace: list[Traced] | None = None
         self.selected: tuple[int, ...] | None = None
         self.shared: list = []
-        self.outputs: object = None
         self.consumed = False
 
     @contextmanager

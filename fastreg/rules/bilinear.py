@@ -123,6 +123,18 @@ class Bilinear(ABC):
         """``B^T(d, G_k)`` shaped as ``x``."""
         return self.dense_push(d, memo, x, cut)
 
+    def scaled_pull(
+        self, onto: Tensor | None, x: Tensor, tangent: Tensor, memo: Tensor | None, factors: Tensor, cut: MicroBatches
+    ) -> Tensor:
+        """``onto + factors_k * tangent`` with what :meth:`pull` returned; ``onto`` may be overwritten."""
+        return cut.scaled(tangent, factors, onto)
+
+    def scaled_push(
+        self, x: Tensor, d: Tensor, memo: Tensor | None, factors: Tensor, cut: MicroBatches
+    ) -> Tensor:
+        """``factors_k B^T(d, G_k)``."""
+        return cut.scale_(self.push(x, d, memo, cut), factors)
+
     def outer_with_norms(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
         """The weight gradient and the squared norms ``[m]`` of its micro-batches."""
         gradients = self.dense(x, d, weight, cut)
@@ -131,6 +143,6 @@ class Bilinear(ABC):
 
 def sum_squares(gradients: Tensor) -> Tensor:
     """``[m, ...] -> [m]``: squared norms, accumulated in float32 or wider."""
-    flat = gradients.flatten(1)
+    flat = gradients.reshape(gradients.shape[0], -1)
     wide = flat.float() if flat.dtype.itemsize < 4 else flat
     return (wide.unsqueeze(1) @ wide.unsqueeze(2)).flatten()

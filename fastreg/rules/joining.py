@@ -120,8 +120,8 @@ class Join(Function):
         for i, (deposit, x, d) in enumerate(zip(ctx.deposits, rows[::2], rows[1::2])):
             grad_x = grad_d = None
             if needs[2 * i] and not deposit.is_bias:
-                grad_x = pick.put(pick.scale_(deposit.push(x, d, gradients, pick.kept), factors))
+                grad_x = pick.put(pick.kept.scale_(deposit.push(x, d, gradients, pick.kept), factors))
             if needs[2 * i + 1]:
-                grad_d = pick.put(pick.scaled(deposit.pull(x, d, gradients, pick.kept), factors))
+                grad_d = pick.put(pick.kept.scaled(deposit.pull(x, d, gradients, pick.kept), factors))
             grads += [grad_x, grad_d]
         return tuple(grads)

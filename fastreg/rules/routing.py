@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastreg.micro_batches import Selection
-from fastreg.rules.bilinear import Bilinear, Parts
+from fastreg.rules.bilinear import Bilinear, Parts, sum_squares
 from fastreg.rules.joining import Deposit
 from fastreg.rules.use import Use
 from fastreg.session import Phase
@@ -51,13 +51,14 @@ class Routed(Function):
         if d is None:
             return (None,) * 5
         use, (x, weight, bias) = ctx.use, ctx.saved_tensors
-        wanted = _wanted(use, ctx.needs_input_grad)
+        wanted = wanted_by(use, ctx.needs_input_grad)
         if use.session.phase is not Phase.PLAIN:
-            _deposit_shared(use, x, d, weight, bias)
+            deposit_shared(use, x, d, weight, bias)
         return None, *RoutedBackward.apply(use, wanted, d, x, weight, bias)
 
 
-def _wanted(use: Use, needs: tuple[bool, ...]) -> Wanted:
+def wanted_by(use: Use, needs: tuple[bool, ...]) -> Wanted:
+    """What the session's phase asks of one use; ``needs`` is the operation's ``ctx.needs_input_grad``."""
     phase = use.session.phase
     parameters = phase is not Phase.CHAIN
     norms = Parts(False, False)
@@ -66,7 +67,7 @@ def _wanted(use: Use, needs: tuple[bool, ...]) -> Wanted:
     return Wanted(needs[1], needs[2] and parameters, needs[3] and parameters, norms, torch.is_grad_enabled())
 
 
-def _deposit_shared(use: Use, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def deposit_shared(use: Use, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Leave what the root needs for parameters that this use does not make up alone."""
     for lineage, parameter, is_bias in ((use.weight, weight, False), (use.bias, bias, True)):
         if lineage is not None and not use.alone(lineage):
@@ -85,16 +86,20 @@ class RoutedBackward(Function):
         d, x = pick.take(d), pick.take(x)
         dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
         dw = db = squared = tangent = memo = None
-        if wanted.dw and wanted.norms.weight and not wanted.exact:
+        if norms.weight and wanted.dw and not wanted.exact:
             dw, squared = op.outer_with_norms(x, d, weight, pick.kept)
             wanted = wanted._replace(norms=wanted.norms._replace(weight=False))
         elif wanted.dw:
             dw = op.outer(x, d, weight)
-        if wanted.db:
+        if norms.bias and wanted.db and not wanted.exact:
+            of_bias = op.bias_dense(d, bias, pick.kept)
+            db, squared = of_bias.sum(0), _plus(squared, sum_squares(of_bias))
+            wanted = wanted._replace(norms=wanted.norms._replace(bias=False))
+        elif wanted.db:
             db = op.bias_total(d, bias)
         if any(wanted.norms):
-            of_norms, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
-            squared = of_norms if squared is None else squared + of_norms
+            of_rest, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
+            squared = _plus(squared, of_rest)
         ctx.save_for_backward(d, x, weight, tangent, memo)
         if session.per_parameter is not None:
             _note_each(use, norms, d, x, weight, bias, pick)
@@ -111,12 +116,12 @@ class RoutedBackward(Function):
             vx = pick.take(vx)
             grad_d = op.forward(vx, weight, None) if needs_d else None
             grad_w = op.outer(vx, d, weight) if needs_w else None
-        if vsq is not None and tangent is not None:
+        if vsq is not None and any(ctx.wanted.norms):
             factors = 2 * pick.take_segments(vsq)
             if needs_d:
-                grad_d = pick.scaled(tangent, factors, onto=grad_d)
+                grad_d = op.scaled_pull(grad_d, x, tangent, memo, factors, pick.kept)
             if needs_x and ctx.wanted.norms.weight:
-                grad_x = pick.scale_(op.push(x, d, memo, pick.kept), factors)
+                grad_x = op.scaled_push(x, d, memo, factors, pick.kept)
         if vw is not None:
             grad_d = _plus(grad_d, op.forward(x, vw, None)) if needs_d else None
             grad_x = _plus(grad_x, op.transpose(d, vw, x)) if needs_x else None

@@ -48,7 +48,7 @@ class RowJoin(Function):
         grads = []
         for i, needed in enumerate(ctx.needs_input_grad[3:]):
             grad = torch.cat([piece[i].flatten(0, 1) for piece in pieces]) if needed else None
-            grads.append(pick.put(pick.scale_(grad, weights)) if needed else None)
+            grads.append(pick.put(pick.kept.scale_(grad, weights)) if needed else None)
         return None, None, None, *grads
 
 

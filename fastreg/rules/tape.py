@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
 from fastreg.rules.bilinear import Bilinear
+from fastreg.rules.joining import Root
 from fastreg.rules.routing import Routed
 from fastreg.rules.use import Lineage, Use
 from fastreg.session import Session, Traced
@@ -19,14 +20,18 @@ class Tape:
 
     Attributes:
         session: what the recorded operations belong to.
+        root: what operations take for the probe. Its backward runs after every operation's, which makes it the
+            place where parameters that were used several times are put together. (Not kept with the session, which
+            graph nodes refer to: a tensor there would close a cycle that is never collected.)
         lineages: for every tracked parameter, and every tensor derived from one alone, by identity: the tensor
             (kept alive, so that identities stay unique) and its lineage.
     """
 
-    __slots__ = ("session", "lineages")
+    __slots__ = ("session", "root", "lineages")
 
     def __init__(self, session: Session, parameters: list[Tensor]) -> None:
         self.session = session
+        self.root = Root.apply(session, session.probe)
         self.lineages = {id(p): (p, Lineage(p)) for p in parameters if p.requires_grad}
 
     @property
@@ -61,10 +66,10 @@ class Tape:
         if self.lineage(x) is not None:
             raise UnsupportedOperation("both operands derive from parameters alone")
         self.session.micro_batches.rows_per_sample(x, "the input of a recorded operation")
-        of_weight, of_bias = self.lineage(weight), self.lineage(bias)
+        of_weight, of_bias = self._of_parameter(weight), self._of_parameter(bias)
         self.session.count_use(of_weight and of_weight.key, of_bias and of_bias.key)
         use = Use(self.session, op, of_weight, of_bias)
-        y = _apply(use, x, weight, bias, autocast)
+        y = self._apply(use, x, weight, bias, autocast)
         if self.session.trace is not None:
             keys = tuple(lineage.key for lineage in (of_weight, of_bias) if lineage is not None)
             form = op.form(x, y, self.session.micro_batches)
@@ -72,11 +77,17 @@ class Tape:
         return y
 
 
-def _apply(use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
-    root, device = use.session.root, x.device.type
-    if not (autocast and torch.is_autocast_enabled(device)):
-        return Routed.apply(use, x, weight, bias, root)
-    low = torch.get_autocast_dtype(device)
-    x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
-    with torch.autocast(device, enabled=False):
-        return Routed.apply(use, x, weight, bias, root)
+    def _of_parameter(self, tensor: Tensor | None) -> Lineage | None:
+        lineage = self.lineage(tensor)
+        if lineage is None and tensor is not None and tensor.grad_fn is not None:
+            raise UnsupportedOperation("its weight or bias is computed from data or from several parameters")
+        return lineage
+
+    def _apply(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
+        device = x.device.type
+        if not (autocast and torch.is_autocast_enabled(device)):
+            return Routed.apply(use, x, weight, bias, self.root)
+        low = torch.get_autocast_dtype(device)
+        x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
+        with torch.autocast(device, enabled=False):
+            return Routed.apply(use, x, weight, bias, self.root)

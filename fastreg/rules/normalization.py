@@ -1,0 +1,139 @@
+"""Norms within one sample: ``F.layer_norm``, ``F.rms_norm``, ``F.group_norm``, ``F.instance_norm``.
+
+Each is a normalisation without parameters (:mod:`fastreg.normalize`) followed by a scale and a bias. They are routed
+without parameters too: torch's double backward of a norm layer is a composite that costs several times as much.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastreg.errors import UnsupportedOperation
+from fastreg.normalize import normalize_rows
+from fastreg.rules.affine import Scale, affine, differentiated, refuse_parameter
+from fastreg.rules.batch_norm import standardize, update_running
+from fastreg.rules.registry import route
+from fastreg.rules.tape import Tape
+
+_LAST = Scale()
+
+
+@route(F.layer_norm, torch.layer_norm, always=True)
+def layer_norm(
+    tape: Tape,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """``F.layer_norm``."""
+    if not differentiated(tape, input, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    x = _autocast_float(input)
+    xhat = normalize_rows(x, _width(x, normalized_shape), eps, center=True)
+    return affine(tape, xhat, weight, bias, _LAST)
+
+
+@route(F.rms_norm, torch.rms_norm, always=True)
+def rms_norm(
+    tape: Tape, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """``F.rms_norm``."""
+    if not differentiated(tape, input, weight, None):
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    xhat = normalize_rows(input, _width(input, normalized_shape), eps, center=False)
+    return affine(tape, xhat, weight, None, _LAST)
+
+
+@route(F.group_norm, torch.group_norm, always=True)
+def group_norm(
+    tape: Tape,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """``F.group_norm``."""
+    if not differentiated(tape, input, weight, bias):
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    x = _autocast_float(input)
+    xhat = normalize_rows(x, prod(x.shape[1:]) // num_groups, eps, center=True)
+    return affine(tape, xhat, weight, bias, Scale(x.dim() - 2))
+
+
+@route(F.instance_norm, always=True)
+def instance_norm(
+    tape: Tape,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.instance_norm``; running statistics take one step per micro-batch."""
+    refuse_parameter(tape, input)
+    scale = Scale(input.dim() - 2)
+    if not use_input_stats:
+        return affine(tape, standardize(input, running_mean, running_var, eps), weight, bias, scale)
+    if running_mean is not None:
+        update_running(running_mean, running_var, _instance_statistics(tape, input), momentum)
+    xhat = normalize_rows(input, prod(input.shape[2:]), eps, center=True)
+    return affine(tape, xhat, weight, bias, scale)
+
+
+@route(torch.instance_norm, always=True)
+def torch_instance_norm(
+    tape: Tape,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """``torch.instance_norm``: the arguments of ``F.instance_norm`` in another order."""
+    return instance_norm(tape, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+@torch.no_grad()
+def _instance_statistics(tape: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the instances ``[m, C]``, averaged over the samples of each micro-batch."""
+    cut = tape.session.micro_batches
+    var, mean = torch.var_mean(x.flatten(2), 2)
+    return tuple(cut.fold(lambda rows: rows.mean(1), statistic) for statistic in (mean, var))
+
+
+def _width(x: Tensor, normalized_shape: list[int]) -> int:
+    """Entries normalised together.
+
+    Raises:
+        UnsupportedOperation: the shape takes in the batch dimension.
+    """
+    shape = tuple(normalized_shape)
+    if len(shape) >= x.dim() or tuple(x.shape[-len(shape) :]) != shape:
+        raise UnsupportedOperation(
+            f"normalized_shape must be the last dimensions of the input without its batch dimension, got {shape} "
+            f"for {tuple(x.shape)}"
+        )
+    return prod(shape)
+
+
+def _autocast_float(x: Tensor) -> Tensor:
+    """``x`` in float32 where CUDA autocast runs norm layers so."""
+    return x.float() if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype.itemsize < 4 else x
