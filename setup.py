@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,10 +90,18 @@ def run_nvcc(nvcc: str, arguments: list[str]) -> None:
 class BuildNative(build_ext):
     """``build_ext`` that builds what the machine has tools for and records why not the rest."""
 
+    def run(self) -> None:
+        # setuptools clears `inplace` while it builds, so it is read before.
+        self._in_source_tree = bool(self.inplace)
+        super().run()
+
     def build_extensions(self) -> None:
+        # A build that fails half-way must not leave the account of an earlier one.
+        self._remove([BUILD_INFO])
         plans = {"fastreg._C": self._plan_cpu, "fastreg._cuda": self._plan_cuda}
         outcomes = {ext.name: plans[ext.name](ext) for ext in self.extensions}
-        self._remove_stale(name for name, outcome in outcomes.items() if not outcome.built)
+        left_out = [name for name, outcome in outcomes.items() if not outcome.built]
+        self._remove(os.path.basename(self.get_ext_filename(name)) for name in left_out)
         self.extensions = [ext for ext in self.extensions if outcomes[ext.name].built]
         super().build_extensions()
         self._write_build_info(outcomes)
@@ -103,9 +112,8 @@ class BuildNative(build_ext):
         else:
             super().build_extension(ext)
 
-    # Plans: probe the tools, complete the extension's flags, and say whether it will be built.
-
     def _plan_cpu(self, ext: Extension) -> Outcome:
+        """Probe the compiler, complete the flags, and say whether the module will be built."""
         standard = "/std:c++17" if self.compiler.compiler_type == "msvc" else "-std=c++17"
         if problem := self._probe("int main() { return 0; }", [standard]):
             return Outcome(False, f"no working C++17 compiler: {problem} ({COMPILER_HINT})")
@@ -122,6 +130,7 @@ class BuildNative(build_ext):
         return Outcome(True, "OpenMP")
 
     def _plan_cuda(self, ext: Extension) -> Outcome:
+        """Follow FASTREG_CUDA and say whether the module will be built."""
         wanted = os.environ.get("FASTREG_CUDA", "auto")
         if wanted not in ("auto", "0", "1"):
             raise OptionError(f"setup.py: FASTREG_CUDA must be auto, 0 or 1, got {wanted!r}")
@@ -134,9 +143,8 @@ class BuildNative(build_ext):
             return Outcome(False, f"{problem} ({CUDA_HINT})")
         return Outcome(True, "sm_90a, sm_80, PTX for newer")
 
-    # Probes: None if the tool works, else what went wrong.
-
     def _probe(self, source: str, flags: list[str]) -> str | None:
+        """None if the compiler makes a program of ``source``, else what went wrong."""
         link_flags = [] if self.compiler.compiler_type == "msvc" else flags
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "probe.cpp")
@@ -149,10 +157,12 @@ class BuildNative(build_ext):
                     objects, os.path.join(folder, "probe"), extra_postargs=link_flags, target_lang="c++"
                 )
             except (BaseError, CCompilerError) as error:
-                return str(error)
+                # Some setuptools quote the whole command; its first word says enough.
+                return re.sub(r"Command '\['([^']+)'.*\]' returned", r"\1 returned", str(error)).rstrip(".")
         return None
 
     def _probe_nvcc(self) -> str | None:
+        """None if nvcc compiles a kernel for every target, else what went wrong."""
         self.nvcc = find_nvcc()
         if self.nvcc is None:
             return "nvcc was not found"
@@ -186,22 +196,16 @@ class BuildNative(build_ext):
         print(f"nvcc {source}\n", end="", flush=True)
         run_nvcc(self.nvcc, [*arguments, "-c", source, "-o", compiled])
 
-    # An earlier build may have left modules that this one does not make: they must not ship.
-
     def _package_folders(self) -> list[Path]:
+        """Where built files go: the build tree and, for in-place builds, the source tree too."""
         folders = [Path(self.build_lib, "fastreg")]
         if self._in_source_tree:
             folders.append(Path(self.get_finalized_command("build_py").get_package_dir("fastreg")))
         return folders
 
-    def run(self) -> None:
-        # setuptools clears `inplace` while it builds, so it is read before.
-        self._in_source_tree = bool(self.inplace)
-        super().run()
-
-    def _remove_stale(self, names: Iterable[str]) -> None:
-        for name in names:
-            filename = os.path.basename(self.get_ext_filename(name))
+    def _remove(self, filenames: Iterable[str]) -> None:
+        """Delete what an earlier build left and this one does not make: it must not ship."""
+        for filename in filenames:
             for folder in self._package_folders():
                 (folder / filename).unlink(missing_ok=True)
 

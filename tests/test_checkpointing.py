@@ -1,0 +1,73 @@
+"""Activation checkpointing: modules re-run inside the backward, where the model's own forward is long over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+import fastreg
+import oracle
+from cases import BY_NAME
+from fastreg.errors import FastregError
+
+WEIGHT = 0.7
+BATCH = BY_NAME["mlp_gelu"].batch(6)
+
+
+def step(model: nn.Module, x: Tensor, y: Tensor, size: int) -> oracle.Gradient:
+    """The gradient of two regularised steps, of which the second is returned: the first one is also checked."""
+    reg = fastreg.Regularizer(model, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=size)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        outputs = model(x)
+        reg(F.cross_entropy(outputs, y), outputs).backward()
+    return oracle.collected_gradient(model)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 6))
+        self.first, self.head, self.use_reentrant = nn.Linear(5, 6), nn.Linear(6, 3), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.head(checkpoint(self.body, x, use_reentrant=self.use_reentrant))
+
+
+def test_reentrant_checkpointing() -> None:
+    with pytest.raises(FastregError, match="use_reentrant=False"):
+        step(Checkpointed(True).double(), *BATCH, 2)
+
+
+@pytest.mark.parametrize("size", [6, 4, 1])
+def test_checkpointing_without_reentrance_is_exact(size: int) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Checkpointed(False).double(), BATCH
+    want = oracle.penalty_gradient(model, F.cross_entropy, x, y, size, weight=WEIGHT)
+    assert oracle.relative_error(step(model, x, y, size), want) < 1e-10
+
+
+def test_checkpointing_a_bare_function_of_a_parameter() -> None:
+    """It is re-run outside every module, unrecorded: exact, or refused by fastreg or by checkpoint itself."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.rand(5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(lambda z: torch.sin(z * self.w), x, use_reentrant=False))
+
+    torch.manual_seed(0)
+    model, (x, y) = Model().double(), BATCH
+    want = oracle.penalty_gradient(model, F.cross_entropy, x, y, 2, weight=WEIGHT)
+    try:
+        got = step(model, x, y, 2)
+    except (FastregError, CheckpointError) as refusal:
+        assert "metadata" in str(refusal) or "checkpoint" in str(refusal)
+    else:
+        oracle.assert_same_gradient(got, want)
