@@ -6,28 +6,51 @@
 
 namespace fastreg {
 
-// All matrices are [heads, length, width], contiguous; lse is [heads, length].
+// One head of an operand: [length, width], rows `stride` apart.
+template <class T>
+struct Rows {
+  const T* data;
+  std::int64_t stride;
+};
+
+// An operand [samples, heads, length, width] in any layout whose rows are contiguous.
+template <class T>
+struct Operand {
+  const T* data;
+  std::int64_t sample_stride, head_stride, row_stride;
+  std::int64_t heads;
+
+  Rows<T> operator[](std::int64_t i) const {
+    return {data + i / heads * sample_stride + i % heads * head_stride, row_stride};
+  }
+};
+
+// Results are [samples, heads, length, width] and lse is [samples, heads, length], contiguous.
 template <class T>
 struct AttentionBackward {
-  const T *q, *k, *v, *lse;
-  const T* d;         // gradient of the output
+  Operand<T> q, k, v, d;  // d: gradient of the output
+  const T* lse;
   T *dq, *dk, *dv;
-  std::int64_t heads, length, width;
+  std::int64_t samples, length, width;
   T scale;
   bool causal;
   int threads;
+
+  std::int64_t heads() const { return samples * q.heads; }
 };
 
 // Given vq, vk, vv, the gradients of dq, dk, dv: those of d, q, k, v.
 template <class T>
 struct AttentionDoubleBackward {
-  const T *q, *k, *v, *lse, *d;
-  const T *vq, *vk, *vv;
+  Operand<T> q, k, v, d, vq, vk, vv;
+  const T* lse;
   T *grad_d, *grad_q, *grad_k, *grad_v;
-  std::int64_t heads, length, width;
+  std::int64_t samples, length, width;
   T scale;
   bool causal;
   int threads;
+
+  std::int64_t heads() const { return samples * q.heads; }
 };
 
 template <class T>

@@ -11,7 +11,7 @@
 
 #include "buffer.h"
 #include "gemm.h"
-#include "machine.h"
+#include "isa.h"
 #include "parallel.h"
 #include "vector_math.h"
 
@@ -26,12 +26,13 @@ struct Head {
   bool causal;
   Buffer<T> left, right, p, ds, r, z;
 
-  Head(std::int64_t length, std::int64_t width, T scale, bool causal)
-      : length(length),
-        width(width),
+  template <class Task>
+  explicit Head(const Task& task)
+      : length(task.length),
+        width(task.width),
         stride((length + G::WIDTH - 1) / G::WIDTH * G::WIDTH),
-        scale(scale),
-        causal(causal),
+        scale(task.scale),
+        causal(task.causal),
         left(make_buffer<T>(G::packed(length, std::max(length, width), G::TALL))),
         right(make_buffer<T>(G::packed(std::max(length, width), std::max(length, width), G::WIDTH))),
         p(make_buffer<T>(length * stride)),
@@ -42,25 +43,25 @@ struct Head {
   std::int64_t seen(std::int64_t row) const { return causal ? row + 1 : length; }
 
   // scores (+)= alpha a b^T for a, b [length, width]
-  FASTREG_INLINE void pairs(const T* a, const T* b, T alpha, bool add, T* scores) {
-    G::template pack_columns<G::TALL>(a, width, length, width, left.get());
-    G::template pack_columns<G::WIDTH>(b, width, length, width, right.get());
+  FASTREG_INLINE void pairs(const Rows<T>& a, const Rows<T>& b, T alpha, bool add, T* scores) {
+    G::template pack_columns<G::TALL>(a.data, a.stride, length, width, left.get());
+    G::template pack_columns<G::WIDTH>(b.data, b.stride, length, width, right.get());
     G::multiply({left.get(), right.get(), length, length, width, scores, stride, alpha, add,
                  causal ? Band::kLower : Band::kFull});
   }
 
   // out (+)= alpha weights x for weights [length, length], x [length, width]
-  FASTREG_INLINE void weigh(const T* weights, const T* x, T alpha, bool add, T* out) {
+  FASTREG_INLINE void weigh(const T* weights, const Rows<T>& x, T alpha, bool add, T* out) {
     G::template pack_columns<G::TALL>(weights, stride, length, length, left.get());
-    G::template pack_rows<G::WIDTH>(x, width, width, length, right.get());
+    G::template pack_rows<G::WIDTH>(x.data, x.stride, width, length, right.get());
     G::multiply({left.get(), right.get(), length, width, length, out, width, alpha, add,
                  causal ? Band::kDepthTo : Band::kFull});
   }
 
   // out (+)= alpha weights^T x
-  FASTREG_INLINE void gather(const T* weights, const T* x, T alpha, bool add, T* out) {
+  FASTREG_INLINE void gather(const T* weights, const Rows<T>& x, T alpha, bool add, T* out) {
     G::template pack_rows<G::TALL>(weights, stride, length, length, left.get());
-    G::template pack_rows<G::WIDTH>(x, width, width, length, right.get());
+    G::template pack_rows<G::WIDTH>(x.data, x.stride, width, length, right.get());
     G::multiply({left.get(), right.get(), length, width, length, out, width, alpha, add,
                  causal ? Band::kDepthFrom : Band::kFull});
   }
@@ -77,9 +78,11 @@ struct Head {
   }
 
   // p = P, ds = dS
-  FASTREG_INLINE void softmax_and_gradient(const T* q, const T* k, const T* v, const T* d, const T* lse) {
-    pairs(q, k, scale, false, p.get());
-    pairs(d, v, 1, false, ds.get());
+  template <class Task>
+  FASTREG_INLINE void softmax_and_gradient(const Task& t, std::int64_t head) {
+    pairs(t.q[head], t.k[head], scale, false, p.get());
+    pairs(t.d[head], t.v[head], 1, false, ds.get());
+    const T* lse = t.lse + head * length;
     for (std::int64_t i = 0; i < length; ++i) {
       const std::int64_t n = seen(i);
       T* __restrict__ weights = p.get() + i * stride;
@@ -121,67 +124,44 @@ struct Head {
 
   FASTREG_INLINE void run(const AttentionBackward<T>& t, std::int64_t head) {
     const std::int64_t at = head * length * width;
-    softmax_and_gradient(t.q + at, t.k + at, t.v + at, t.d + at, t.lse + head * length);
-    weigh(ds.get(), t.k + at, scale, false, t.dq + at);
-    gather(ds.get(), t.q + at, scale, false, t.dk + at);
-    gather(p.get(), t.d + at, 1, false, t.dv + at);
+    softmax_and_gradient(t, head);
+    weigh(ds.get(), t.k[head], scale, false, t.dq + at);
+    gather(ds.get(), t.q[head], scale, false, t.dk + at);
+    gather(p.get(), t.d[head], 1, false, t.dv + at);
   }
 
   FASTREG_INLINE void run(const AttentionDoubleBackward<T>& t, std::int64_t head) {
     const std::int64_t at = head * length * width;
-    softmax_and_gradient(t.q + at, t.k + at, t.v + at, t.d + at, t.lse + head * length);
-    pairs(t.vq + at, t.k + at, scale, false, r.get());
-    pairs(t.q + at, t.vk + at, scale, true, r.get());
-    pairs(t.d + at, t.vv + at, 1, false, z.get());
+    softmax_and_gradient(t, head);
+    pairs(t.vq[head], t.k[head], scale, false, r.get());
+    pairs(t.q[head], t.vk[head], scale, true, r.get());
+    pairs(t.d[head], t.vv[head], 1, false, z.get());
     tangents();
-    weigh(p.get(), t.vv + at, 1, false, t.grad_d + at);
-    weigh(r.get(), t.v + at, 1, true, t.grad_d + at);
-    gather(r.get(), t.d + at, 1, false, t.grad_v + at);
-    weigh(z.get(), t.k + at, scale, false, t.grad_q + at);
-    weigh(ds.get(), t.vk + at, scale, true, t.grad_q + at);
-    gather(z.get(), t.q + at, scale, false, t.grad_k + at);
-    gather(ds.get(), t.vq + at, scale, true, t.grad_k + at);
+    weigh(p.get(), t.vv[head], 1, false, t.grad_d + at);
+    weigh(r.get(), t.v[head], 1, true, t.grad_d + at);
+    gather(r.get(), t.d[head], 1, false, t.grad_v + at);
+    weigh(z.get(), t.k[head], scale, false, t.grad_q + at);
+    weigh(ds.get(), t.vk[head], scale, true, t.grad_q + at);
+    gather(z.get(), t.q[head], scale, false, t.grad_k + at);
+    gather(ds.get(), t.vq[head], scale, true, t.grad_k + at);
   }
 };
 
-template <class G, class Task>
-FASTREG_INLINE void run_heads(const Task& task, std::int64_t begin, std::int64_t end) {
-  using T = std::remove_const_t<decltype(task.scale)>;
-  Head<G, T> head(task.length, task.width, task.scale, task.causal);
-  for (std::int64_t i = begin; i < end; ++i) head.run(task, i);
-}
-
-// One compilation per instruction set, each with the register tile that fits it.
-template <class T, class Task>
-struct Isa {
-  using Run = void (*)(const Task&, std::int64_t, std::int64_t);
-#if FASTREG_HAS_CLONES
-  __attribute__((target("arch=x86-64-v4"))) static void v4(const Task& task, std::int64_t begin, std::int64_t end) {
-    run_heads<Gemm<T, 64, 12>>(task, begin, end);
-  }
-  __attribute__((target("arch=x86-64-v3"))) static void v3(const Task& task, std::int64_t begin, std::int64_t end) {
-    run_heads<Gemm<T, 32, 6>>(task, begin, end);
-  }
-#endif
-  static void base(const Task& task, std::int64_t begin, std::int64_t end) {
-    run_heads<Gemm<T, 16, 6>>(task, begin, end);
-  }
-  static Run best() {
-#if FASTREG_HAS_CLONES
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return v4;
-    if (__builtin_cpu_supports("x86-64-v3")) return v3;
-#endif
-    return base;
+struct Heads {
+  template <class G, class Task>
+  static FASTREG_INLINE void run(const Task& task, std::int64_t begin, std::int64_t end) {
+    using T = std::remove_const_t<decltype(task.scale)>;
+    Head<G, T> head(task);
+    for (std::int64_t i = begin; i < end; ++i) head.run(task, i);
   }
 };
 
 template <class T, class Task>
 void run_all(const Task& task) {
-  const auto run = Isa<T, Task>::best();
-  const int threads = threads_for(task.heads * task.length * task.length * task.width / 8, task.threads);
-  const std::int64_t grain = std::max<std::int64_t>(1, task.heads / (4 * threads));
-  parallel_chunks(task.heads, grain, threads,
+  const auto run = PerIsa<T, Heads, const Task&, std::int64_t, std::int64_t>::best();
+  const int threads = threads_for(task.heads() * task.length * task.length * task.width / 8, task.threads);
+  const std::int64_t grain = std::max<std::int64_t>(1, task.heads() / (4 * threads));
+  parallel_chunks(task.heads(), grain, threads,
                   [&](std::int64_t begin, std::int64_t end) { run(task, begin, end); });
 }
 

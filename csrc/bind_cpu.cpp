@@ -3,7 +3,9 @@
 // Python before the call, and nothing here allocates or frees what it is given. Every op releases the
 // interpreter lock.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 
 #include "affine_sqnorm.h"
@@ -92,7 +94,8 @@ void bind_normalize(py::module_& m, const std::string& suffix) {
   m.def(("normalize_backward" + suffix).c_str(),
         [](Address xhat, Address rstd, Address g, Address dx, Size rows, Size width, bool center,
            int threads) {
-          normalize_backward<T>({at<T>(xhat), at<T>(rstd), at<T>(g), at<T>(dx), rows, width, center, threads});
+          normalize_backward<T>({at<T>(xhat), at<T>(rstd), at<T>(g), at<T>(dx), rows, width, center,
+                                 threads});
         },
         Unlocked());
   m.def(("normalize_double_backward" + suffix).c_str(),
@@ -104,22 +107,31 @@ void bind_normalize(py::module_& m, const std::string& suffix) {
         Unlocked());
 }
 
+// (address, sample stride, head stride, row stride), strides in numbers.
+using Strided = std::array<std::int64_t, 4>;
+
+template <class T>
+Operand<T> operand(const Strided& of, Size heads) {
+  return {at<T>(static_cast<Address>(of[0])), of[1], of[2], of[3], heads};
+}
+
 template <class T>
 void bind_attention(py::module_& m, const std::string& suffix) {
   m.def(("attention_backward" + suffix).c_str(),
-        [](Address q, Address k, Address v, Address lse, Address d, Address dq, Address dk, Address dv, Size heads,
+        [](const std::array<Strided, 4>& in, Address lse, const std::array<Address, 3>& out, Size samples, Size heads,
            Size length, Size width, double scale, bool causal, int threads) {
-          attention_backward<T>({at<T>(q), at<T>(k), at<T>(v), at<T>(lse), at<T>(d), at<T>(dq), at<T>(dk), at<T>(dv),
-                                 heads, length, width, static_cast<T>(scale), causal, threads});
+          const auto x = [&](int i) { return operand<T>(in[i], heads); };
+          attention_backward<T>({x(0), x(1), x(2), x(3), at<T>(lse), at<T>(out[0]), at<T>(out[1]), at<T>(out[2]),
+                                 samples, length, width, static_cast<T>(scale), causal, threads});
         },
         Unlocked());
   m.def(("attention_double_backward" + suffix).c_str(),
-        [](Address q, Address k, Address v, Address lse, Address d, Address vq, Address vk, Address vv, Address grad_d,
-           Address grad_q, Address grad_k, Address grad_v, Size heads, Size length, Size width, double scale,
-           bool causal, int threads) {
-          attention_double_backward<T>({at<T>(q), at<T>(k), at<T>(v), at<T>(lse), at<T>(d), at<T>(vq), at<T>(vk),
-                                        at<T>(vv), at<T>(grad_d), at<T>(grad_q), at<T>(grad_k), at<T>(grad_v), heads,
-                                        length, width, static_cast<T>(scale), causal, threads});
+        [](const std::array<Strided, 7>& in, Address lse, const std::array<Address, 4>& out, Size samples, Size heads,
+           Size length, Size width, double scale, bool causal, int threads) {
+          const auto x = [&](int i) { return operand<T>(in[i], heads); };
+          attention_double_backward<T>({x(0), x(1), x(2), x(3), x(4), x(5), x(6), at<T>(lse), at<T>(out[0]),
+                                        at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), samples, length, width,
+                                        static_cast<T>(scale), causal, threads});
         },
         Unlocked());
 }

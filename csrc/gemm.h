@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "simd.h"
@@ -46,8 +47,8 @@ struct Gemm {
       for (std::int64_t k = 0; k < depth; ++k, to += N) {
         const T* row = from + k * stride + i;
         if (own == N) {
-#pragma GCC unroll 32
-          for (int j = 0; j < N; ++j) to[j] = row[j];
+          // Of constant size: a few vector moves.
+          std::memcpy(to, row, N * sizeof(T));
         } else {
           for (int j = 0; j < N; ++j) to[j] = j < own ? row[j] : T(0);
         }
@@ -117,11 +118,14 @@ struct Gemm {
   };
 
   static FASTREG_INLINE void multiply(const Product& p) {
-    for (std::int64_t i = 0; i < p.rows; i += TALL) {
-      const std::int64_t from = p.band == Band::kDepthFrom ? i : 0;
-      const std::int64_t to = p.band == Band::kDepthTo ? std::min(p.depth, i + TALL) : p.depth;
-      const std::int64_t columns = p.band == Band::kLower ? std::min(p.columns, i + TALL) : p.columns;
-      for (std::int64_t j = 0; j < columns; j += WIDTH) tile(p, i, j, from, to);
+    // A right panel stays in the first cache while the left ones pass by.
+    for (std::int64_t j = 0; j < p.columns; j += WIDTH) {
+      const std::int64_t first = p.band == Band::kLower ? j / TALL * TALL : 0;
+      for (std::int64_t i = first; i < p.rows; i += TALL) {
+        const std::int64_t from = p.band == Band::kDepthFrom ? i : 0;
+        const std::int64_t to = p.band == Band::kDepthTo ? std::min(p.depth, i + TALL) : p.depth;
+        tile(p, i, j, from, to);
+      }
     }
   }
 

@@ -19,8 +19,12 @@ struct OuterApply {
   int threads;
 };
 
-// out_s = sum over rows t of s's segment of (q_s.k_t + bias) v_t. Made for short segments.
+// out_s = sum over rows t of s's segment of (q_s.k_t + bias) v_t.
 template <class T>
 void outer_apply(const OuterApply<T>& p);
+
+// The form for segments of tens of rows and more.
+template <class T>
+void outer_apply_packed(const OuterApply<T>& p);
 
 }  // namespace fastreg

@@ -13,6 +13,8 @@ namespace fastreg {
 namespace {
 
 constexpr int kTile = 4;
+// Longest segment whose products are cheaper without packing.
+constexpr std::int64_t kShort = 16;
 
 // weights[s, t] = q_s.k_t + bias of one segment; rows beyond the last repeat it and are not stored.
 template <class T>
@@ -110,6 +112,7 @@ void outer_apply(const OuterApply<T>& p) {
   for (std::int64_t k = 0; k < p.segments; ++k) {
     longest = std::max(longest, p.offsets[k + 1] - p.offsets[k]);
   }
+  if (longest > kShort) return outer_apply_packed(p);
   parallel_chunks(p.segments, grain, threads_for(segment_work * p.segments, p.threads),
                   [&](std::int64_t begin, std::int64_t end) {
                     std::vector<T> weights(longest * longest);

@@ -18,6 +18,8 @@ namespace {
 constexpr std::int64_t kBlockRows = 256;
 // Numbers packed at once: 1 MB of floats, so that panels are in cache when read.
 constexpr std::int64_t kChunkNumbers = 1 << 18;
+// Several threads take larger chunks, because they meet twice per chunk and wait for the slowest.
+constexpr std::int64_t kSharedChunkNumbers = 1 << 20;
 // Columns of a chunk at most: whole rows, which memory delivers faster than pieces of them.
 constexpr std::int64_t kChunkColumns = 1024;
 // Rows packed together: their lines of one panel fit in the eight ways of a cache set, where a
@@ -142,7 +144,8 @@ void pack_chunk(const Product<T>& p, const Chunk<T>& chunk, int threads) {
   });
 }
 
-// How the work is cut; it depends on the shapes alone, so the number of threads changes no bit.
+// How the work is cut. Panels and items depend on the shapes alone, and the rows of a chunk change no
+// sum's order, so the number of threads changes no bit.
 struct Cut {
   std::int64_t chunk_panels;  // of the tall operand
   std::int64_t flat_panels;
@@ -151,13 +154,14 @@ struct Cut {
   std::int64_t chunk_rows;
 
   template <class T>
-  explicit Cut(const Product<T>& p)
+  Cut(const Product<T>& p, int threads)
       : chunk_panels(std::min(kChunkColumns / p.shape.height, ceil_div(p.tall.columns, p.shape.height))),
         flat_panels(std::max<std::int64_t>(1, ceil_div(p.flat.columns, p.shape.width))),
         item_panels(std::max<std::int64_t>(1, ceil_div(chunk_panels, ceil_div(kItems, flat_panels)))),
         ranges(ceil_div(chunk_panels, item_panels)) {
     const std::int64_t row_numbers = chunk_panels * p.shape.height + flat_panels * p.shape.width;
-    chunk_rows = std::max(kBlockRows, kChunkNumbers / row_numbers);
+    const std::int64_t numbers = threads > 1 ? kSharedChunkNumbers : kChunkNumbers;
+    chunk_rows = std::max(kBlockRows, numbers / row_numbers);
   }
 
   std::int64_t items() const { return flat_panels * ranges; }
@@ -245,8 +249,8 @@ const Block* chunk_end(const Block* first, const Block* end, std::int64_t rows) 
 template <class T>
 void outer_sum(const OuterSum<T>& operands) {
   const Product<T> p = arrange(operands, shape_for_this_machine<T>());
-  const Cut cut(p);
   const int threads = threads_for(p.tall.rows * p.tall.columns * p.flat.columns / 8, operands.threads);
+  const Cut cut(p, threads);
   const std::int64_t chunk_columns = cut.chunk_panels * p.shape.height;
   const std::int64_t tiles_size = cut.items() * cut.item_panels * p.shape.height * p.shape.width;
   const std::int64_t chunk_rows = std::min(p.tall.rows, cut.chunk_rows);

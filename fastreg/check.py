@@ -105,7 +105,7 @@ def check(
             check_loss(loss, session.micro_batches.samples)
             if loss.dim():
                 raise FastregError(f"check: loss_fn must return a scalar mean, got shape {tuple(loss.shape)}")
-            refuse_offenders(loss, session)
+            refuse_offenders(loss, session, recorder.tracked_names())
             self_check(Step(session, loss, first_tensor(outputs), Reduction()), recorder)
     finally:
         recorder.remove()

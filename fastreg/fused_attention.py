@@ -51,18 +51,11 @@ class FusedAttentionBackward(Function):
     def forward(ctx, d: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, causal: bool):
         ctx.scale, ctx.causal = scale, causal
         ctx.save_for_backward(d, q, k, v, lse)
-        flat = (_heads(t) for t in (q, k, v, lse, d))
-        return tuple(g.view(q.shape) for g in attention_backward(*flat, scale, causal))
+        return attention_backward(q, k, v, lse, d, scale, causal)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, vq: Tensor, vk: Tensor, vv: Tensor):
         d, q, k, v, lse = ctx.saved_tensors
-        flat = (_heads(t) for t in (q, k, v, lse, d, vq, vk, vv))
-        grads = attention_double_backward(*flat, ctx.scale, ctx.causal)
-        return *(g.view(q.shape) for g in grads), None, None, None
+        return *attention_double_backward(q, k, v, lse, d, vq, vk, vv, ctx.scale, ctx.causal), None, None, None
 
-
-def _heads(t: Tensor) -> Tensor:
-    """``[B, H, ...] -> [B H, ...]``."""
-    return t.reshape(-1, *t.shape[2:])

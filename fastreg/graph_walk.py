@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from fastreg.errors import FastregError
-from fastreg.rules.joining import Root
 from fastreg.rules.routing import Routed
 from fastreg.session import Session
 
@@ -46,9 +45,15 @@ def trust(function: type[torch.autograd.Function]) -> type[torch.autograd.Functi
     return function
 
 
-def refuse_offenders(loss: Tensor, session: Session) -> None:
-    """Raise FastregError, by name and with the remedy, if a graph node cannot be differentiated twice."""
-    for node in _nodes([loss.grad_fn]):
+def refuse_offenders(loss: Tensor, session: Session, names: dict[int, str]) -> None:
+    """Raise FastregError, by name and with the remedy, for what would be wrong without a word.
+
+    Args:
+        names: of the tracked parameters, by identity.
+    """
+    nodes = list(_nodes([loss.grad_fn]))
+    _refuse_unrecorded_uses(nodes, names)
+    for node in nodes:
         name = type(node).__name__
         for prefix, (what, remedy) in OFFENDERS.items():
             if name.startswith(prefix) or name.startswith(f"GeneratedBackwardFor_aten_{prefix}"):
@@ -57,16 +62,39 @@ def refuse_offenders(loss: Tensor, session: Session) -> None:
             _check_function(node, session)
 
 
+def _refuse_unrecorded_uses(nodes: list, names: dict[int, str]) -> None:
+    """A tracked parameter may be met by recorded operations, and by what leads to their weight and bias, alone."""
+    recorded = {node for node in nodes if isinstance(node, BackwardCFunction) and _ours(node._forward_cls)}
+    # The edges of a routed operation are those of x, of its weight and bias if it has them, and of the probe.
+    sides = [edge for node in recorded if node._forward_cls is Routed for edge, _ in node.next_functions[1:-1]]
+    allowed = recorded | set(_nodes(sides))
+    for node in nodes:
+        if node in allowed:
+            continue
+        for parent, _ in node.next_functions:
+            name = names.get(id(getattr(parent, "variable", None)))
+            if name is not None:
+                raise FastregError(
+                    f"reg: parameter {name!r} must act inside the recorded forward, got a use by {type(node).__name__} "
+                    "outside it, which the norms would miss (compute heads inside the model; add terms that do not "
+                    "depend on samples, such as weight decay, to the loss that reg returns)"
+                )
+
+
+def _ours(function: type) -> bool:
+    return function.__module__.partition(".")[0] == "fastreg"
+
+
 def _check_function(node: BackwardCFunction, session: Session) -> None:
     function = node._forward_cls
     if function is Routed:
         if node.use.session is not session:
             raise FastregError(
-                "reg: the loss must depend on one recorded forward, got two with different batch sizes (call reg "
-                "once per forward, or use the same batch size for both)"
+                "reg: the loss must depend on forwards recorded since the last call of reg, got an earlier one "
+                "(call reg once for every loss)"
             )
         return
-    if function is Root or function in _trusted or function.__module__.partition(".")[0] == "fastreg":
+    if function in _trusted or _ours(function):
         return
     if _once_differentiable(function):
         raise FastregError(

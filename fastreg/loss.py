@@ -6,6 +6,7 @@ loss of ``k``'s own samples and ``r_k`` is known from how the loss was reduced. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,15 @@ def check_loss(loss: object, samples: int) -> None:
         raise FastregError("reg: loss must be a number, got NaN (lower the learning rate or look at the inputs)")
 
 
+def tensors_in(values: object) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and mappings, in order."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple, Mapping)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from tensors_in(value)
+
+
 def first_tensor(outputs: object) -> Tensor | None:
     """The logits of a model's outputs: a tensor, the field ``logits``, or the first tensor of a tuple or mapping."""
     if isinstance(outputs, Tensor) or outputs is None:
@@ -81,5 +91,4 @@ def first_tensor(outputs: object) -> Tensor | None:
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    values = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, (tuple, list)) else ()
-    return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+    return next((tensor for tensor in tensors_in(outputs) if tensor.is_floating_point() and tensor.dim()), None)

@@ -33,6 +33,8 @@ class MicroBatches:
     __slots__ = ("samples", "size", "full", "tail", "count")
 
     def __init__(self, samples: int, size: int) -> None:
+        if samples < 1:
+            raise FastregError(f"recording: the batch must have at least one sample, got {samples}")
         self.samples = samples
         self.size = min(size, samples)
         self.full, self.tail = divmod(samples, self.size)

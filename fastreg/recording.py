@@ -8,7 +8,8 @@ forward). Nothing is wrapped, and nothing is written on modules or parameters bu
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastreg.errors import FastregError, UnsupportedOperation
+from fastreg.loss import tensors_in
 from fastreg.rules.registry import ROUTES
 from fastreg.rules.tape import Tape
 from fastreg.rules.views import VIEWS
@@ -70,6 +72,10 @@ class Recorder(TorchFunctionMode):
         self._handles.clear()
         self.session = self._tape = self.outputs = None
 
+    def tracked_names(self) -> dict[int, str]:
+        """Names of the parameters whose gradients the norms are made of, by identity."""
+        return {id(p): self.names.get(id(p), "?") for p in self.parameters if p.requires_grad}
+
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: start or continue recording."""
         if not self._entered:
@@ -95,6 +101,8 @@ class Recorder(TorchFunctionMode):
         samples = _batch_size(args, kwargs)
         known = self.session
         if known is not None and not known.consumed and known.micro_batches.samples == samples:
+            if module is self.model:
+                self._tape.forget_derived()
             return
         tracked = [p for p in self.parameters if p.requires_grad]
         if not tracked:
@@ -102,6 +110,8 @@ class Recorder(TorchFunctionMode):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in tracked) else torch.float32
         self.session = Session(samples, self.size, dtype, tracked[0].device, self.phase)
         self.session.trace = self.trace
+        if known is not None and not known.consumed:
+            self.session.earlier = [*(ref for ref in known.earlier if ref() is not None), weakref.ref(known)]
         self._tape = Tape(self.session, tracked)
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
@@ -192,22 +202,12 @@ def _carries_gradient(value: object) -> bool:
 
 
 def _batch_size(args: tuple, kwargs: dict) -> int:
-    for tensor in _tensors((*args, *kwargs.values())):
+    for tensor in tensors_in((*args, *kwargs.values())):
         if tensor.dim():
             return tensor.shape[0]
     raise FastregError(
         "recording: the first module called must take a tensor with the batch along dimension 0, got none"
     )
-
-
-def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _tensors(value.values())
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _call_site() -> str:

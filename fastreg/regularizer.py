@@ -110,7 +110,7 @@ class Regularizer:
             scale: what the loss was multiplied by (``1/n`` under accumulation over n batches). R is computed for
                 the loss before scaling, and the penalty is multiplied by ``scale`` as the loss was.
             counts: tokens per sample ``[B]`` for a loss that is a mean over tokens: ``C_k`` is then the sum of
-                k's token losses over the sum of k's counts.
+                k's token losses over the sum of k's counts. For class weights they are ``weight[targets]``.
             reduction: ``"mean"``, or ``"sum"`` if the scalar is the sum over samples. ``g_k`` is in both cases the
                 gradient of the micro-batch mean, and ``weight * R`` is added to the loss as passed.
 
@@ -131,7 +131,7 @@ class Regularizer:
             return loss
         step = Step(session, loss, first_tensor(outputs), Reduction(reduction, scale, counts))
         if self.check and not self._checked:
-            refuse_offenders(loss, session)
+            refuse_offenders(loss, session, self._recorder.tracked_names())
             self_check(step, self._recorder)
             self._checked, self._recorder.keeps_outputs = True, False
         session.selected = self._choose(session.micro_batches.count)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastreg.chain import squared_norms
 from fastreg.errors import FastregError
-from fastreg.loss import first_tensor
+from fastreg.loss import tensors_in
 from fastreg.penalties.base import Step
 from fastreg.recording import Recorder
 
@@ -27,20 +27,31 @@ _CAUSES = (
 
 def self_check(step: Step, recorder: Recorder) -> None:
     """Raise FastregError if the recorded norms, or the penalty's gradient, differ from plain autograd's."""
-    session = step.session
-    outputs = first_tensor(recorder.outputs)
-    recorder.outputs = None
-    if outputs is None or not outputs.requires_grad:
-        outputs = step.outputs
-    if outputs is None or not outputs.requires_grad:
+    outputs = _outputs(step, recorder)
+    if outputs is None:
         warnings.warn("fastreg: the self-check needs the model's outputs: call reg(loss, outputs)", stacklevel=3)
         return
-    total, cut = step.loss.sum(), session.micro_batches
-    session.micro_batches.rows_per_sample(outputs, "the model's output")
+    tolerance = _tolerance(outputs, step.loss)
+    with torch.autocast(outputs.device.type, enabled=False):
+        _compare(step, outputs, recorder, tolerance)
+
+
+def _outputs(step: Step, recorder: Recorder) -> Tensor | None:
+    """The tensor at which one micro-batch is cut out: what was passed, or else the model's own output."""
+    found, recorder.outputs = [step.outputs, *tensors_in(recorder.outputs)], None
+    found = [t for t in found if t is not None and t.is_floating_point() and t.requires_grad and t.dim()]
+    whole = [t for t in found if t.shape[0] % step.session.micro_batches.samples == 0]
+    if found and not whole:
+        step.session.micro_batches.rows_per_sample(found[0], "the model's output")
+    return whole[0] if whole else None
+
+
+def _compare(step: Step, outputs: Tensor, recorder: Recorder, tolerance: float) -> None:
+    session, total = step.session, step.loss.sum()
+    cut = session.micro_batches
     offsets = cut.offsets(outputs.shape[0])
     k = cut.full // 2 if cut.full > 1 else 0
     rows = slice(offsets[k], offsets[k + 1])
-    tolerance = _tolerance(outputs, total)
     cotangent = _masked_cotangent(total, outputs, rows, tolerance)
     tracked = [p for p in recorder.parameters if p.requires_grad]
     plain = torch.autograd.grad(outputs, tracked, cotangent, create_graph=True, allow_unused=True)

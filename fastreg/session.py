@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class Session:
         probe: leaf ``[m]``, float32 (float64 for double models).
         uses: how often each parameter (by id) was used in the forward.
         per_parameter: when a dict, squared norms ``[m]`` are also added up per parameter id.
+        earlier: sessions of another batch size that were given up for this one; no loss may still depend on them.
         trace: when a list, recorded operations are noted there.
         selected: micro-batches the norms are restricted to, or None for all.
     """
@@ -60,6 +62,7 @@ class Session:
         self.phase = phase
         self.per_parameter: dict[int, Tensor] | None = None
         self.trace: list[Traced] | None = None
+        self.earlier: list[weakref.ref[Session]] = []
         self.selected: tuple[int, ...] | None = None
         self.shared: list = []
         self.consumed = False

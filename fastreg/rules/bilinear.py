@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastreg.kernels import segment_dot
 from fastreg.micro_batches import MicroBatches
 
 
@@ -46,6 +47,10 @@ class Bilinear(ABC):
     @abstractmethod
     def forward(self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """``B(x, w) + b``; with ``bias=None`` the bilinear map alone (the tangent and up-chain product)."""
+
+    def laid_out(self, d: Tensor) -> Tensor:
+        """``d`` in the memory layout that the products read; it is read by several."""
+        return d
 
     @abstractmethod
     def transpose(self, d: Tensor, weight: Tensor | None, x: Tensor | None) -> Tensor:
@@ -143,6 +148,10 @@ class Bilinear(ABC):
 
 def sum_squares(gradients: Tensor) -> Tensor:
     """``[m, ...] -> [m]``: squared norms, accumulated in float32 or wider."""
-    flat = gradients.reshape(gradients.shape[0], -1)
-    wide = flat.float() if flat.dtype.itemsize < 4 else flat
-    return (wide.unsqueeze(1) @ wide.unsqueeze(2)).flatten()
+    return row_dots(gradients, gradients)
+
+
+def row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """``[m, ...], [m, ...] -> [m]``: inner products, accumulated in float32 or wider."""
+    count = x.shape[0]
+    return segment_dot(x.reshape(count, -1), y.reshape(count, -1), range(count + 1))

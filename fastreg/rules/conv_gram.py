@@ -25,6 +25,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastreg.rules.bilinear import row_dots
+
 # Multiply-adds of a large product in the time of moving one element: of a pixel matrix, shifted and added; of an image,
 # onto the grid or back (bench/NOTES.md, "Convolutions": with these the cheaper form is chosen on every layer there
 # but for one, which loses 2 ms).
@@ -87,7 +89,7 @@ class PixelGrid:
     def sq_norms(self, u: Tensor, v: Tensor) -> Tensor:
         """``||G_k||^2 [m]`` in float32 or wider."""
         of_small = _gram(self._place(v, self._origin))
-        return (self._patch_gram(u).flatten(1).unsqueeze(1) @ of_small.flatten(1).unsqueeze(2)).flatten()
+        return row_dots(self._patch_gram(u), of_small)
 
     @property
     def _origin(self) -> tuple[slice, ...]:

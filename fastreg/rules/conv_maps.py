@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastreg.micro_batches import MicroBatches
-from fastreg.rules.bilinear import Bilinear, Parts, sum_squares
+from fastreg.rules.bilinear import Bilinear, Parts, row_dots, sum_squares
 from fastreg.rules.conv_gram import PixelGrid, pixel_grid
 
 # Elements of G_k held at once where they are only added and squared: a megabyte in float32, so that both passes find
@@ -112,7 +112,7 @@ class Convolution(Bilinear):
         if self._pairs_pixels(x, d, cut):
             grid, gradients = self._grid(x, d), None
             tangent = cut.map(grid.onto_big if self.transposed else grid.onto_small, self._sides(x, d), ())
-            squared = cut.fold(_dot, d, tangent)
+            squared = cut.fold(row_dots, d, tangent)
             if parts.bias:
                 tangent.add_(self.bias_pull(d, bias, of_bias, cut))
         else:
@@ -220,9 +220,3 @@ def beside(x: Tensor) -> Tensor:
 def apart(x: Tensor, count: int) -> Tensor:
     """``[b, m C, *S] -> [m, b, C, *S]``, the inverse of :func:`beside`."""
     return x.unflatten(1, (count, -1)).transpose(0, 1)
-
-
-def _dot(d: Tensor, tangent: Tensor) -> Tensor:
-    """``<d_k, B(x_k, G_k)>``, which is ``||G_k||^2``."""
-    dtype = torch.promote_types(d.dtype, torch.float32)
-    return (d.flatten(1).to(dtype).unsqueeze(1) @ tangent.flatten(1).to(dtype).unsqueeze(2)).flatten()

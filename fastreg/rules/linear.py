@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
-from fastreg.kernels import explain, outer_apply, outer_sqnorm, outer_sum
+from fastreg.kernels import explain, outer_apply, outer_sqnorm, outer_sum, segment_dot
 from fastreg.micro_batches import MicroBatches
 from fastreg.rules.bilinear import Bilinear, Parts, Rows
 from fastreg.rules.registry import route
@@ -23,6 +23,9 @@ class Linear(Bilinear):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def laid_out(self, d: Tensor) -> Tensor:
+        return d.contiguous()
 
     def transpose(self, d: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         return d @ weight
@@ -65,8 +68,10 @@ class Linear(Bilinear):
         if not parts.weight or not _quadratic(x, d, cut):
             return super().pull(x, d, weight, bias, parts, cut)
         a, e = rows_of(x), rows_of(d)
-        tangent = outer_apply(a, a, e, cut.offsets(a.shape[0]), parts.bias)
-        return _dot(e, tangent, cut), tangent.view(d.shape), None
+        offsets = cut.offsets(a.shape[0])
+        tangent = outer_apply(a, a, e, offsets, parts.bias)
+        # sum_s e_s . tangent_s is ||G_k||^2
+        return segment_dot(e, tangent, offsets), tangent.view(d.shape), None
 
     def push(self, x: Tensor, d: Tensor, memo: Tensor | None, cut: MicroBatches) -> Tensor:
         if memo is not None:
@@ -89,11 +94,6 @@ def _quadratic(x: Tensor, d: Tensor, cut: MicroBatches) -> bool:
     inputs, outputs = x.shape[-1], d.shape[-1]
     segment = x.numel() // inputs // cut.samples * cut.size
     return 2 * segment * (inputs + outputs) < 3 * inputs * outputs
-
-
-def _dot(e: Tensor, tangent: Tensor, cut: MicroBatches) -> Tensor:
-    """``sum_s e_s . tangent_s`` per segment, which is ``||G_k||^2``."""
-    return cut.fold(lambda u, v: (u.flatten(1).unsqueeze(1) @ v.flatten(1).unsqueeze(2)).flatten(), e, tangent)
 
 
 LINEAR = Linear()

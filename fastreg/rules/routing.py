@@ -83,7 +83,7 @@ class RoutedBackward(Function):
         ctx.set_materialize_grads(False)
         ctx.use, ctx.wanted = use, wanted
         ctx.pick = pick = Selection(session.micro_batches, session.selected if session.phase is Phase.CHAIN else None)
-        d, x = pick.take(d), pick.take(x)
+        d, x = op.laid_out(pick.take(d)), pick.take(x)
         dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
         dw = db = squared = tangent = memo = None
         if norms.weight and wanted.dw and not wanted.exact:
@@ -113,7 +113,7 @@ class RoutedBackward(Function):
         needs_d, needs_x, needs_w = ctx.needs_input_grad[2:5]
         grad_d = grad_x = grad_w = None
         if vx is not None:
-            vx = pick.take(vx)
+            vx = op.laid_out(pick.take(vx))
             grad_d = op.forward(vx, weight, None) if needs_d else None
             grad_w = op.outer(vx, d, weight) if needs_w else None
         if vsq is not None and any(ctx.wanted.norms):

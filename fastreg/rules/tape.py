@@ -44,6 +44,10 @@ class Tape:
         known = self.lineages.get(id(tensor))
         return None if known is None else known[1]
 
+    def forget_derived(self) -> None:
+        """Drop what was derived in an earlier forward; parameters stay."""
+        self.lineages = {key: known for key, known in self.lineages.items() if known[1].parameter is known[0]}
+
     def derive(self, out: Tensor, source: Lineage, step: Callable[[Tensor], Tensor], isometric: bool) -> Tensor:
         """Note that ``out = step(t)`` for a tensor ``t`` of lineage ``source``, a linear map without samples."""
         self.lineages[id(out)] = (out, source.then(step, isometric))

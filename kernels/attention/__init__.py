@@ -12,7 +12,7 @@ from fastreg.kernels._examples import normal
 from fastreg.kernels._registry import Op
 from fastreg.kernels.attention import native, reference
 
-_SHAPES = ((1, 1, 1), (2, 5, 3), (3, 13, 16), (2, 33, 40), (1, 64, 64), (0, 4, 8))
+_SHAPES = ((1, 1, 1, 1), (2, 1, 5, 3), (1, 3, 13, 16), (2, 2, 33, 40), (1, 1, 64, 64), (0, 2, 4, 8))
 
 
 def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
@@ -26,12 +26,12 @@ def examples_double(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]
 
 
 def _example(dtype: torch.dtype, device: str, shape: tuple[int, ...], causal: bool) -> tuple[object, ...]:
-    draw, scale = normal(dtype, device), 1 / math.sqrt(shape[2])
+    draw, scale = normal(dtype, device), 1 / math.sqrt(shape[3])
     q, k, v, d, vq, vk, vv = (draw(*shape) for _ in range(7))
-    scores = torch.bmm(q.double(), k.double().mT) * scale
+    scores = (q.double() @ k.double().mT) * scale
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-    lse = scores.logsumexp(2).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    lse = scores.logsumexp(3).to(torch.float64 if dtype == torch.float64 else torch.float32)
     return q, k, v, lse, d, vq, vk, vv, scale, causal
 
 
@@ -62,14 +62,14 @@ def attention_backward(
     ``dP = D V^T``, ``dS = P (dP - rowsum(P dP))``, ``dQ = c dS K``, ``dK = c dS^T Q``, ``dV = P^T D``.
 
     Args:
-        q, k, v: [N, T, E] float, N heads of the batch.
-        lse: [N, T] float32 or wider, the log-sum-exp of each row of ``c Q K^T``.
-        d: [N, T, E], the gradient of O.
+        q, k, v: [B, H, T, E] float, H heads of B samples.
+        lse: [B, H, T] float32 or wider, the log-sum-exp of each row of ``c Q K^T``.
+        d: [B, H, T, E], the gradient of O.
         scale: c.
         causal: whether row i sees columns 0 .. i only.
 
     Returns:
-        dq, dk, dv [N, T, E] in the dtype of ``q``.
+        dq, dk, dv [B, H, T, E] in the dtype of ``q``.
 
     Raises:
         FastregError: shapes or dtypes do not fit, or an input requires grad.
@@ -79,9 +79,9 @@ def attention_backward(
     Example:
         >>> import torch
         >>> from fastreg.kernels import attention_backward
-        >>> x = torch.zeros(1, 2, 4)
-        >>> [tuple(g.shape) for g in attention_backward(x, x, x, torch.full((1, 2), 0.69), x, 0.5, False)]
-        [(1, 2, 4), (1, 2, 4), (1, 2, 4)]
+        >>> x = torch.zeros(1, 1, 2, 4)
+        >>> [tuple(g.shape) for g in attention_backward(x, x, x, torch.full((1, 1, 2), 0.69), x, 0.5, False)]
+        [(1, 1, 2, 4), (1, 1, 2, 4), (1, 1, 2, 4)]
     """
     _check("attention_backward", lse, q=q, k=k, v=v, d=d)
     return BACKWARD(q, k, v, lse, d, scale, causal)
@@ -99,10 +99,10 @@ def attention_double_backward(
 
     Args:
         q, k, v, lse, d, scale, causal: as for :func:`attention_backward`.
-        vq, vk, vv: [N, T, E], the gradients of its results.
+        vq, vk, vv: [B, H, T, E], the gradients of its results.
 
     Returns:
-        grad_d, grad_q, grad_k, grad_v [N, T, E] in the dtype of ``q``.
+        grad_d, grad_q, grad_k, grad_v [B, H, T, E] in the dtype of ``q``.
 
     Raises:
         FastregError: shapes or dtypes do not fit, or an input requires grad.
@@ -110,8 +110,8 @@ def attention_double_backward(
     Example:
         >>> import torch
         >>> from fastreg.kernels import attention_double_backward
-        >>> x = torch.zeros(1, 2, 4)
-        >>> len(attention_double_backward(x, x, x, torch.full((1, 2), 0.69), x, x, x, x, 0.5, False))
+        >>> x = torch.zeros(1, 1, 2, 4)
+        >>> len(attention_double_backward(x, x, x, torch.full((1, 1, 2), 0.69), x, x, x, x, 0.5, False))
         4
     """
     _check("attention_double_backward", lse, q=q, k=k, v=v, d=d, vq=vq, vk=vk, vv=vv)
@@ -122,7 +122,7 @@ def _check(function: str, lse: Tensor, **tensors: Tensor) -> None:
     q = tensors["q"]
     check_untracked(function, lse, *tensors.values())
     check_floats(function, **tensors)
-    check_shape(function, "q", q, "[N, T, E]", (None, None, None))
+    check_shape(function, "q", q, "[B, H, T, E]", (None, None, None, None))
     for name, tensor in tensors.items():
-        check_shape(function, name, tensor, "[N, T, E]", q.shape)
-    check_shape(function, "lse", lse, "[N, T]", q.shape[:2])
+        check_shape(function, name, tensor, "[B, H, T, E]", q.shape)
+    check_shape(function, "lse", lse, "[B, H, T]", q.shape[:3])

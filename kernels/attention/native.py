@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,23 +17,29 @@ _DOUBLE_BACKWARD = _native.calls("attention_double_backward")
 def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``[N, T, E]`` each, ``lse [N, T]`` -> gradients of q, k, v."""
-    taken = tuple(t.contiguous() for t in (q, k, v, lse, d))
-    out = tuple(torch.empty_like(taken[0]) for _ in range(3))
-    _BACKWARD[q.dtype](*(t.data_ptr() for t in (*taken, *out)), *q.shape, scale, causal, torch.get_num_threads())
-    return out
+    """``[B, H, T, E]`` each, ``lse [B, H, T]`` -> gradients of q, k, v."""
+    return _call(_BACKWARD[q.dtype], (q, k, v, d), lse, 3, scale, causal)
 
 
 def attention_double_backward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``[N, T, E]`` each, ``lse [N, T]`` -> gradients of d, q, k, v."""
-    taken = tuple(t.contiguous() for t in (q, k, v, lse, d, vq, vk, vv))
-    out = tuple(torch.empty_like(taken[0]) for _ in range(4))
-    _DOUBLE_BACKWARD[q.dtype](
-        *(t.data_ptr() for t in (*taken, *out)), *q.shape, scale, causal, torch.get_num_threads()
-    )
+    """``[B, H, T, E]`` each, ``lse [B, H, T]`` -> gradients of d, q, k, v."""
+    return _call(_DOUBLE_BACKWARD[q.dtype], (q, k, v, d, vq, vk, vv), lse, 4, scale, causal)
+
+
+def _call(
+    function: Callable[..., None], operands: tuple[Tensor, ...], lse: Tensor, results: int, scale: float, causal: bool
+) -> tuple[Tensor, ...]:
+    # Heads are often views of one packed tensor: rows must be contiguous, the rest goes by strides.
+    operands = tuple(t if t.stride(3) == 1 else t.contiguous() for t in operands)
+    lse, shape = lse.contiguous(), operands[0].shape
+    out = tuple(torch.empty(shape, dtype=lse.dtype) for _ in range(results))
+    function(
+        [(t.data_ptr(), *t.stride()[:3]) for t in operands], lse.data_ptr(), [t.data_ptr() for t in out], *shape,
+        scale, causal, torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 

@@ -13,17 +13,19 @@ from fastreg.kernels._segments import of
 
 _CALLS = _native.calls("outer_apply")
 
-# Rows per segment up to which one pass beats two batched products: 1.1 to 5 times at 1 to 8 rows, and
-# at 16 rows 1.3 to 2 times unless rows are short, when summing registers dominates (0.7); at 32 rows
-# 0.4 to 1.5, at 128 rows 0.1 to 0.9 (float32, one thread).
-LONGEST = 16
-LONGEST_SHORT_ROWS = 8
-SHORT_ROW = 256
+# Rows per segment up to which this beats two batched products, by 1.0 to 2.7 times (float32, two threads; one thread:
+# 0.9 to 2.0). At 128 rows it is 0.8 to 0.9 where most of the work is the second product, and 1.1 to 1.3 where it is
+# the symmetric first one.
+LONGEST = 64
+LONGEST_SYMMETRIC = 256
 
 
 def outer_apply(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], bias: bool) -> Tensor:
     """``q [S, I], k [S, I], v [S, O] -> out [S, O]``."""
-    q, k, v, found = q.contiguous(), k.contiguous(), v.contiguous(), of(offsets)
+    # The symmetric case is told by identity.
+    same = q.data_ptr() == k.data_ptr() and q.stride() == k.stride()
+    q, v, found = q.contiguous(), v.contiguous(), of(offsets)
+    k = q if same else k.contiguous()
     out = torch.empty_like(v)
     _CALLS[v.dtype](
         q.data_ptr(), k.data_ptr(), v.data_ptr(), found.pointer, out.data_ptr(),
@@ -32,11 +34,11 @@ def outer_apply(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], bias: b
     return out
 
 
-def slower(q: Tensor, _k: Tensor, v: Tensor, offsets: Sequence[int], _bias: bool) -> str | None:
+def slower(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], _bias: bool) -> str | None:
     """The measured reason to leave a call to the reference, or None."""
-    size = q.shape[0] / (len(offsets) - 1)
-    longest = LONGEST_SHORT_ROWS if q.shape[1] + v.shape[1] < SHORT_ROW else LONGEST
-    if size > longest:
+    symmetric = q.data_ptr() == k.data_ptr() and q.shape[1] >= v.shape[1]
+    longest = LONGEST_SYMMETRIC if symmetric else LONGEST
+    if q.shape[0] > longest * (len(offsets) - 1):
         return f"beyond {longest} rows per segment, torch.bmm is faster at these sizes"
     return None
 

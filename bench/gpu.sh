@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: build, test, ceilings, kernels, steps, table.
+#
+#   bench/gpu.sh                        all stages
+#   bench/gpu.sh --only kernels         one stage (repeat --only for more)
+#   PYTHON=python3.12 bench/gpu.sh      another interpreter; its own torch and triton are used
+#
+# Uses no network. Results go to bench/results/<gpu>-<date>.json, which is complete up to the last
+# stage that finished. Exit status: 0 done, 1 a stage failed, 2 wrong use, or no GPU: then the build
+# is checked and nothing is measured.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+ALL=(build test ceilings kernels steps table)
+STAGES=()
+
+while (($#)); do
+    case "$1" in
+        --only)
+            if [[ " ${ALL[*]} " != *" ${2:-} "* || -z "${2:-}" ]]; then
+                echo "gpu.sh: --only must be one of ${ALL[*]}, got '${2:-}'" >&2
+                exit 2
+            fi
+            STAGES+=("$2")
+            shift 2
+            ;;
+        -h | --help)
+            sed -n '2,10s/^# \{0,1\}//p' "$0"
+            exit 0
+            ;;
+        *)
+            echo "gpu.sh: unknown argument '$1' (see --help)" >&2
+            exit 2
+            ;;
+    esac
+done
+((${#STAGES[@]})) || STAGES=("${ALL[@]}")
+
+# What a stage needs is said before it starts, all of it at once.
+require() {
+    local missing=()
+    for module in "$@"; do
+        "$PYTHON" -c "import $module" 2>/dev/null || missing+=("$module")
+    done
+    if ((${#missing[@]})); then
+        echo "gpu.sh: $PYTHON has no ${missing[*]}: install them, or set PYTHON" >&2
+        exit 1
+    fi
+}
+
+has_gpu() { "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
+
+stage_build() {
+    require torch triton numpy setuptools pybind11
+    command -v nvcc >/dev/null || [[ -n "${CUDA_HOME:-}" ]] || {
+        echo "gpu.sh: nvcc is not on PATH and CUDA_HOME is not set" >&2
+        exit 1
+    }
+    FASTREG_CUDA=1 "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable .
+    "$PYTHON" -m fastreg env
+}
+
+# The gpu-marked tests, and the op tests, which run on the GPU where there is one.
+stage_test() {
+    require pytest hypothesis
+    "$PYTHON" -m pytest -q -m gpu tests
+}
+
+stage_ceilings() { "$PYTHON" bench/gpu_kernels.py ceilings "$RESULTS"; }
+
+stage_kernels() { "$PYTHON" bench/gpu_kernels.py kernels "$RESULTS"; }
+
+# The transformer and the conv net at a GPU's sizes, in the dtype one trains in and in float32.
+stage_steps() {
+    local part dtype model
+    for model in gpt2 resnet18; do
+        for dtype in bfloat16 float32; do
+            part=$(mktemp)
+            "$PYTHON" -m fastreg bench --device cuda --model "$model" --dtype "$dtype" --m 8 32 \
+                --methods plain_norms exact fisher sequential functorch plain_compiled \
+                functorch_compiled --rounds 11 --json "$part" || echo "gpu.sh: see the rows above" >&2
+            "$PYTHON" bench/gpu_results.py "$RESULTS" "steps-$model-$dtype" "$part"
+            rm "$part"
+        done
+    done
+}
+
+stage_table() { "$PYTHON" bench/gpu_table.py "$RESULTS"; }
+
+require torch
+if ! has_gpu; then
+    echo "gpu.sh: no GPU that torch can use: the build is checked, nothing is measured" >&2
+    stage_build
+    exit 2
+fi
+
+name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())')
+RESULTS=bench/results/$name-$(date -u +%F).json
+
+for stage in "${STAGES[@]}"; do
+    echo "== $stage"
+    "stage_$stage"
+done

@@ -1,0 +1,190 @@
+"""The models and batches that the benchmark measures."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastreg.errors import FastregError
+from fastreg.models import GPT, GPTConfig, mlp, resnet18, small_resnet
+
+
+def mean_cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy over samples and, where there are any, tokens.
+
+    Args:
+        outputs: logits ``[B, V]`` or ``[B, T, V]``.
+        targets: classes ``[B]`` or ``[B, T]`` int64.
+    """
+    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One batch, the model it trains, and the penalty to add: loss + weight * R.
+
+    Attributes:
+        model: maps ``inputs`` to logits; samples do not interact.
+        inputs: ``[B, ...]``.
+        targets: ``[B]`` or ``[B, T]`` int64.
+        micro_batches: m; divides B.
+        weight: factor of the penalty R.
+        autocast: dtype of the forward pass, or None for that of the parameters.
+    """
+
+    model: nn.Module
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    micro_batches: int
+    weight: float = 0.01
+    autocast: torch.dtype | None = None
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of a micro-batch, b = B / m."""
+        return len(self.inputs) // self.micro_batches
+
+    def chunks(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The m micro-batches, ``(inputs, targets)`` each."""
+        m = self.micro_batches
+        return list(zip(self.inputs.chunk(m), self.targets.chunk(m)))
+
+    def precision(self) -> AbstractContextManager[None]:
+        """The context in which a forward pass and its loss run."""
+        kind = self.inputs.device.type
+        return torch.autocast(kind, self.autocast, enabled=self.autocast is not None)
+
+    def copy(self) -> "Problem":
+        """The same problem with a model of its own, so that methods do not share hooks."""
+        return dataclasses.replace(self, model=copy.deepcopy(self.model))
+
+
+# (batch, generator) -> (inputs, targets)
+Draw = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model and a batch to train it on.
+
+    Attributes:
+        name: what ``--model`` calls it.
+        about: sizes, in words.
+        build: makes the model.
+        draw: makes ``(inputs, targets)`` from a generator.
+        batch: samples of the batch.
+        by_default: measured by ``--model all``; the others are sized for a GPU.
+    """
+
+    name: str
+    about: str
+    build: Callable[[], nn.Module]
+    draw: Draw
+    batch: int
+    by_default: bool = True
+
+    def problem(
+        self,
+        micro_batches: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        autocast: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Problem:
+        """The preset's problem with ``micro_batches`` micro-batches.
+
+        Weights and inputs are drawn in float32 on the CPU whatever ``dtype`` and ``device`` are,
+        so a float64 problem is the exact counterpart of the float32 one.
+
+        Raises:
+            FastregError: ``micro_batches`` does not divide the batch.
+        """
+        if micro_batches < 1 or self.batch % micro_batches:
+            raise FastregError(
+                f"bench: m must divide the batch of {self.name}, {self.batch} samples, "
+                f"got {micro_batches}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.build()
+        inputs, targets = self.draw(self.batch, torch.Generator().manual_seed(seed))
+        if inputs.is_floating_point():
+            inputs = inputs.to(dtype)
+        model = model.to(device=device, dtype=dtype)
+        return Problem(
+            model, inputs.to(device), targets.to(device), micro_batches, autocast=autocast
+        )
+
+
+def _vectors(features: int) -> Draw:
+    def draw(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.randn(batch, features, generator=generator)
+        return inputs, torch.randint(10, (batch,), generator=generator)
+
+    return draw
+
+
+def _images(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = torch.randn(batch, 3, 32, 32, generator=generator)
+    return inputs, torch.randint(10, (batch,), generator=generator)
+
+
+def _tokens(config: GPTConfig) -> Draw:
+    def draw(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (batch, config.context + 1)
+        tokens = torch.randint(config.vocab, shape, generator=generator)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    return draw
+
+
+SMALL_GPT = GPTConfig(vocab=1024, context=128, width=256, layers=4, heads=4)
+GPT2 = GPTConfig(vocab=32768, context=512, width=768, layers=12, heads=12)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "mlp",
+            "784-512-512-10 ReLU, batch 256",
+            lambda: mlp((784, 512, 512, 10)),
+            _vectors(784),
+            batch=256,
+        ),
+        Preset(
+            "resnet",
+            "residual conv net, three stages of width 32, 64, 128, group norm, 3x32x32, batch 64",
+            lambda: small_resnet(num_classes=10, width=32, norm="group"),
+            _images,
+            batch=64,
+        ),
+        Preset(
+            "gpt",
+            "4 layers, width 256, 4 heads, 128 tokens, vocabulary 1024, tied head, batch 8",
+            lambda: GPT(SMALL_GPT),
+            _tokens(SMALL_GPT),
+            batch=8,
+        ),
+        Preset(
+            "resnet18",
+            "ResNet-18 with group norm, 3x32x32, batch 256",
+            lambda: resnet18(num_classes=10, norm="group"),
+            _images,
+            batch=256,
+            by_default=False,
+        ),
+        Preset(
+            "gpt2",
+            "12 layers, width 768, 12 heads, 512 tokens, vocabulary 32768, tied head, batch 16",
+            lambda: GPT(GPT2),
+            _tokens(GPT2),
+            batch=16,
+            by_default=False,
+        ),
+    )
+}

@@ -1,0 +1,119 @@
+"""Results as rows, and the rows as a table, as JSON and as a plot."""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fastreg.benchmark.measure import Spread
+from fastreg.errors import FastregError
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass
+class Row:
+    """One method on one model with m micro-batches.
+
+    Attributes:
+        model: preset's name.
+        m: micro-batches.
+        method: method's name.
+        status: ``"ok"``; ``"wrong"`` if the error is above the tolerance, ``"failed"`` if the
+            step raised. Only rows that are ok are timed.
+        error_float64: relative error of the penalty's gradient in float64, which the gate judges.
+        error: the same in the dtype that is timed.
+        message: what a failed step raised.
+        seconds: time of a step.
+        ratio: median over rounds of the time over that of the plain step in the same round.
+        peak_bytes: memory that the step needs beyond what is held before it.
+    """
+
+    model: str
+    m: int
+    method: str
+    status: Literal["ok", "wrong", "failed"] = "ok"
+    error_float64: float | None = None
+    error: float | None = None
+    message: str | None = None
+    seconds: Spread | None = None
+    ratio: Spread | None = None
+    peak_bytes: int | None = None
+
+
+HEADER = (
+    f"{'model':<8}{'m':>4}  {'method':<20}{'error64':>9}{'error':>9}"
+    f"{'ms p20':>9}{'p50':>9}{'p80':>9}{'ratio':>8}{'p20-p80':>13}{'MB':>9}"
+)
+
+
+def line(row: Row) -> str:
+    """The row as a line under :data:`HEADER`."""
+    start = f"{row.model:<8}{row.m:>4}  {row.method:<20}"
+    start += f"{_number(row.error_float64, '.0e'):>9}"
+    if row.status == "wrong":
+        return f"{start}  WRONG: not timed"
+    if row.status == "failed":
+        return f"{start}  FAILED: {row.message}"
+    memory = None if row.peak_bytes is None else row.peak_bytes / 2**20
+    return (
+        f"{start}{_number(row.error, '.0e'):>9}"
+        f"{1e3 * row.seconds.p20:>9.1f}{1e3 * row.seconds.p50:>9.1f}{1e3 * row.seconds.p80:>9.1f}"
+        f"{row.ratio.p50:>8.2f}{f'{row.ratio.p20:.2f}-{row.ratio.p80:.2f}':>13}"
+        f"{_number(memory, '.1f'):>9}"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def write_json(
+    path: Path, rows: Sequence[Row], machine: dict[str, object], settings: dict[str, object]
+) -> None:
+    """Write all rows with the machine and settings that made them."""
+    document = {
+        "schema": SCHEMA,
+        "machine": machine,
+        "settings": settings,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def check_plot_available() -> None:
+    """Raise FastregError if the drawing library is missing, before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FastregError(
+            "bench: --plot must have matplotlib to draw with, got none installed "
+            "(pip install 'fastreg[demo]')"
+        )
+
+
+def draw(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Bars of the ratio to the plain step, one panel per model and m; whiskers are p20 and p80."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if row.ratio is not None]
+    panels = list(dict.fromkeys((row.model, row.m) for row in timed))
+    figure = Figure(figsize=(7, 0.8 + 2.2 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels):
+        shown = [row for row in timed if (row.model, row.m) == panel]
+        middle = [row.ratio.p50 for row in shown]
+        low = [row.ratio.p50 - row.ratio.p20 for row in shown]
+        high = [row.ratio.p80 - row.ratio.p50 for row in shown]
+        bars = axis.barh([row.method for row in shown], middle, xerr=(low, high), capsize=3)
+        axis.bar_label(bars, fmt="%.2f", padding=6)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.set(title=f"{panel[0]}, m = {panel[1]}", xlabel="time / plain step")
+    figure.suptitle(title, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

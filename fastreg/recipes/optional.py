@@ -1,0 +1,30 @@
+"""Packages that only the recipes need."""
+
+import importlib
+from types import ModuleType
+
+from fastreg.errors import FastregError
+
+
+def require(module: str) -> ModuleType:
+    """Import a package of the ``demo`` extra.
+
+    Args:
+        module: dotted name, ``"sklearn.datasets"``.
+
+    Returns:
+        The module.
+
+    Raises:
+        FastregError: the package is not installed; the message says how to install it.
+
+    Example:
+        >>> require("json").dumps([1])
+        '[1]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise FastregError(
+            f"train: {module} must be installed, got {error} (pip install 'fastreg[demo]')"
+        ) from error

@@ -1,0 +1,212 @@
+"""The subcommand ``fastreg train``."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from fastreg.errors import FastregError
+from fastreg.recipes.checkpoint import Checkpoint, load_checkpoint
+from fastreg.recipes.data import Dataset
+from fastreg.recipes.experiment import run_experiment, schedule
+from fastreg.recipes.methods import SMALL_BATCH, TITLES, Method, matched
+from fastreg.recipes.plots import write_plots
+from fastreg.recipes.progress import Progress
+from fastreg.recipes.report import LEGEND, summarise, table, verdict, write_json
+from fastreg.recipes.settings import (
+    DEFAULTS,
+    MODELS,
+    Settings,
+    check_directory,
+    default_settings,
+    load_dataset,
+)
+from fastreg.recipes.sweep import sweep, sweep_table
+
+Result = TypeVar("Result")
+
+SIZES = ("epochs", "batch_size", "micro_batch_size", "chunk_size", "threads")
+# Options that are not given are None or False.
+CHOSEN_BY_SWEEP = ("seeds", "lr", "weight", "matched")
+FIXED_BY_CHECKPOINT = ("data", "model", "methods", "sweep", *CHOSEN_BY_SWEEP, *SIZES)
+WRITTEN_BY_RUNS = ("output", "json")
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return value
+
+
+def _method_value(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if name not in TITLES or not value > 0 or value == float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"must be METHOD=VALUE with METHOD one of {', '.join(TITLES)} and VALUE positive, "
+            f"got {text!r}"
+        )
+    return name, value
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda[:N], got {text!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda[:N], got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"must be a device that torch sees, got {text!r} ({torch.cuda.device_count()} GPUs)"
+        )
+    return text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``fastreg train``."""
+    parser.set_defaults(parser=parser)
+    add = parser.add_argument
+    add("--data", choices=list(DEFAULTS), help="data set (default: digits)")
+    add("--data-dir", type=Path, metavar="DIR", help="folder cifar-10-batches-py, for cifar10")
+    add("--model", choices=list(MODELS), help="default: mlp for digits, resnet18 for cifar10")
+    add("--methods", nargs="+", choices=list(TITLES), metavar="METHOD",
+        help=f"default: all of {', '.join(TITLES)}")  # fmt: skip
+    add("--seeds", type=_at_least_one, metavar="N", help="number of seeds, counted from 0")
+    add("--lr", type=_method_value, action="append", metavar="METHOD=VALUE",
+        help="learning rate of one method; repeatable")  # fmt: skip
+    add("--weight", type=_method_value, action="append", metavar="METHOD=VALUE",
+        help="penalty weight of one method; repeatable")  # fmt: skip
+    add("--matched", action="store_true",
+        help="all methods at the small-batch lr, penalties at weight lr / 4: nothing else tuned")  # fmt: skip
+    add("--epochs", type=_at_least_one, metavar="N", help="passes over the training split")
+    add("--batch-size", type=_at_least_one, metavar="B", help="samples of a large-batch step")
+    add("--micro-batch-size", type=_at_least_one, metavar="b",
+        help="samples of a micro-batch and of a small-batch step")  # fmt: skip
+    add("--chunk-size", type=_at_least_one, metavar="N",
+        help="most samples of one forward pass; larger batches accumulate")  # fmt: skip
+    add("--threads", type=_at_least_one, metavar="N",
+        help="of torch on the CPU (default: 1 for digits, torch's own for cifar10)")  # fmt: skip
+    add("--device", type=_device, help="cpu or cuda[:N] (default: cpu)")
+    add("--output", type=Path, metavar="DIR", help="folder of plots and checkpoint "
+        "(default: runs/train, or the folder of the checkpoint resumed)")  # fmt: skip
+    add("--resume", type=Path, metavar="CHECKPOINT", help="continue from DIR/checkpoint.pt")
+    add("--json", type=Path, metavar="FILE", help="also write settings, figures and histories")
+    add("--sweep", action="store_true",
+        help="choose learning rates and weights on the validation split instead")  # fmt: skip
+
+
+def _with_values(methods: tuple[Method, ...], args: argparse.Namespace) -> tuple[Method, ...]:
+    lrs, weights = dict(args.lr or ()), dict(args.weight or ())
+    for name in {*lrs, *weights} - {method.name for method in methods}:
+        raise FastregError(f"train: --lr and --weight must name a method that runs, got {name}")
+    changed = tuple(
+        Method(m.name, lrs.get(m.name, m.lr), weights.get(m.name, m.weight)) for m in methods
+    )
+    if not args.matched:
+        return changed
+    if {*lrs, *weights} - {SMALL_BATCH}:
+        raise FastregError("train: --lr must name small_batch alone with --matched, got more")
+    return matched(changed)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    data = args.data or (MODELS[args.model].data if args.model else "digits")
+    settings = default_settings(data, args.model)
+    wanted = args.methods or [method.name for method in settings.methods]
+    methods = tuple(method for method in settings.methods if method.name in wanted)
+    changes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    batch_size = changes.get("batch_size", settings.batch_size)
+    changes.setdefault("chunk_size", batch_size)
+    if args.seeds is not None:
+        changes["seeds"] = tuple(range(args.seeds))
+    if args.device is not None:
+        changes["device"] = args.device
+    return replace(settings, methods=_with_values(methods, args), **changes)
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], option: str, reason: str) -> None:
+    given = ["--" + name.replace("_", "-") for name in names if getattr(args, name)]
+    if given:
+        raise FastregError(
+            f"train: {', '.join(given)} must be absent with {option}, got both ({reason})"
+        )
+
+
+def _or_exit(args: argparse.Namespace, make: Callable[[], Result]) -> Result:
+    """What ``make`` returns; its refusal is one of the command line, which ends with status 2."""
+    try:
+        return make()
+    except FastregError as error:
+        args.parser.error(str(error))
+
+
+def _report(settings: Settings, results: list[dict[str, object]], folder: Path) -> None:
+    print(table(summarise(settings, results)))
+    print(LEGEND)
+    for line in verdict(settings, results):
+        print(line)
+    for path in write_plots(folder, settings, results):
+        print(f"wrote {path}")
+
+
+def _start(args: argparse.Namespace) -> tuple[Checkpoint, Path]:
+    """A new or loaded checkpoint and the output folder; refuses options that do not go together."""
+    if args.resume is not None:
+        _or_exit(
+            args,
+            lambda: _refuse(args, FIXED_BY_CHECKPOINT, "--resume", "the checkpoint fixes it"),
+        )
+        return load_checkpoint(args.resume, args.device), args.output or args.resume.parent
+    if args.sweep:
+        names = (*CHOSEN_BY_SWEEP, *WRITTEN_BY_RUNS)
+        _or_exit(args, lambda: _refuse(args, names, "--sweep", "it has its own and only prints"))
+    return Checkpoint(_or_exit(args, lambda: _settings(args))), args.output or Path("runs/train")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``fastreg train`` and return its exit status.
+
+    Raises:
+        FastregError: unusable data files or checkpoint; wrong options end with status 2 instead.
+    """
+    checkpoint, folder = _start(args)
+    settings = checkpoint.settings
+    _or_exit(args, lambda: check_directory(settings.data, args.data_dir))
+    data = load_dataset(settings.data, args.data_dir).to(settings.device)
+    with _threads(settings.threads):
+        if args.sweep:
+            print(sweep_table(sweep(settings, data)))
+        else:
+            _compare(checkpoint, data, folder, args.json)
+    return 0
+
+
+def _compare(checkpoint: Checkpoint, data: Dataset, folder: Path, json: Path | None) -> None:
+    settings = checkpoint.settings
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{settings.data}, {settings.model}: {len(schedule(settings))} runs; output in {folder}")
+    with Progress(len(schedule(settings)) * settings.epochs) as progress:
+        results = run_experiment(checkpoint, data, folder / "checkpoint.pt", progress)
+    _report(settings, results, folder)
+    if json is not None:
+        write_json(json, settings, results)
+        print(f"wrote {json}")

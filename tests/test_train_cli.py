@@ -1,0 +1,106 @@
+"""The command ``fastreg train``."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastreg.cli import main
+from fastreg.errors import FastregError
+from fastreg.recipes.methods import GRAD_NORM, LARGE_BATCH, matched
+from fastreg.recipes.optional import require
+from fastreg.recipes.progress import Progress
+from fastreg.recipes.sweep import sweep
+
+SHORT = ["train", "--epochs", "1", "--seeds", "1", "--methods", LARGE_BATCH, GRAD_NORM]
+
+
+def test_command_writes_table_plots_json_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, report, threads = tmp_path / "out", tmp_path / "r.json", torch.get_num_threads()
+    assert main([*SHORT, "--output", str(folder), "--json", str(report)]) == 0
+    assert torch.get_num_threads() == threads
+    printed = capsys.readouterr()
+    assert "large batch + GradNorm" in printed.out and str(folder) in printed.out
+    assert "\r" not in printed.err
+    for name in ("accuracy.png", "gradient_norm.png", "seconds.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG"), name
+    first = json.loads(report.read_text())
+    assert [run["method"] for run in first["runs"]] == [LARGE_BATCH, GRAD_NORM]
+    assert first["environment"]["torch"] == torch.__version__
+    assert first["environment"]["threads"] == first["settings"]["threads"] == 1
+    # Resuming a finished experiment repeats nothing and reports the same.
+    resume = ["train", "--resume", str(folder / "checkpoint.pt"), "--json", str(report)]
+    assert main(resume) == 0
+    assert json.loads(report.read_text()) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "must be an integer of at least 1, got '0'"),
+        (["--epochs", "-3"], "must be an integer of at least 1"),
+        (["--seeds", "two"], "must be an integer of at least 1, got 'two'"),
+        (["--data", "mnist"], "invalid choice: 'mnist'"),
+        (["--model", "lenet"], "invalid choice: 'lenet'"),
+        (["--methods", "adam"], "invalid choice: 'adam'"),
+        (["--lr", "large_batch"], "must be METHOD=VALUE"),
+        (["--lr", "large_batch=-1"], "VALUE positive"),
+        (["--lr", "large_batch=nan"], "VALUE positive"),
+        (["--weight", "large_batch=0.1"], "weight of large_batch must be 0"),
+        (["--methods", "large_batch", "--lr", "grad_norm=1"], "must name a method that runs"),
+        (["--device", "abacus"], "must be cpu or cuda"),
+        (["--device", "meta"], "must be cpu or cuda"),
+        (["--device", "cuda:99"], "must be a device that torch sees"),
+        (["--batch-size", "8"], "batch_size must be at least micro_batch_size"),
+        (["--model", "vgg11", "--data", "digits"], "model must be one of ['mlp'] for digits"),
+        (["--data", "cifar10"], "data-dir must be the folder"),
+        (["--data-dir", "somewhere"], "data-dir must be absent for digits"),
+        (["--resume", "c.pt", "--epochs", "2"], "--epochs must be absent with --resume"),
+        (["--matched", "--methods", "large_batch"], "methods must contain small_batch"),
+        (["--matched", "--lr", "large_batch=1"], "--lr must name small_batch alone"),
+        (["--resume", "c.pt", "--matched"], "--matched must be absent with --resume"),
+        (["--sweep", "--seeds", "2"], "--seeds must be absent with --sweep"),
+        (["--sweep", "--json", "r.json"], "--json must be absent with --sweep"),
+        (["--resume", "c.pt", "--sweep"], "--sweep must be absent with --resume"),
+    ],
+)
+def test_wrong_command_line_ends_with_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unusable_files_end_with_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data", "cifar10", "--data-dir", str(tmp_path)]) == 1
+    assert "data_batch_1 must be" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path / "c.pt")]) == 1
+    assert "existing file" in capsys.readouterr().err
+
+
+def test_progress_draws_a_bar_only_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def err() -> str:
+        with Progress(2) as progress:
+            progress.advance("large batch, seed 0", 2)
+            progress.note("done")
+        return capsys.readouterr().err
+
+    assert err() == "done\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    drawn = err()
+    assert "2/2" in drawn and "large batch, seed 0" in drawn and "done\n" in drawn
+
+
+def test_missing_package_is_named() -> None:
+    with pytest.raises(FastregError, match=r"no_such_package must be installed.*fastreg\[demo\]"):
+        require("no_such_package")
