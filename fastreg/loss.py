@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,18 +41,27 @@ class Reduction:
 
     def factors(self, cut: MicroBatches, like: Tensor) -> Tensor:
         """``1 / r_k^2``, ``[m]``; 0 for a micro-batch without counts, whose rows are all zero."""
-        sizes = self._sizes(cut, like)
-        share = sizes / sizes.sum() if self.kind == "mean" else sizes
-        inverse = torch.where(share > 0, 1 / share, 0)
-        return (inverse / self.scale).square()
+        if self.counts is None:
+            return _factors_of_sizes(cut.samples, cut.size, self.kind, self.scale, like.device, like.dtype)
+        return _factors(self._sizes(cut, like), self.kind, self.scale)
 
     def _sizes(self, cut: MicroBatches, like: Tensor) -> Tensor:
-        if self.counts is None:
-            return cut.sizes(like.device, like.dtype)
         if not isinstance(self.counts, Tensor) or self.counts.shape != (cut.samples,):
             got = tuple(self.counts.shape) if isinstance(self.counts, Tensor) else self.counts
             raise FastregError(f"reg: counts must be a tensor of shape ({cut.samples},), one per sample, got {got}")
         return cut.reduce(self.counts.to(like.device, like.dtype), ())
+
+
+def _factors(sizes: Tensor, kind: str, scale: float) -> Tensor:
+    share = sizes / sizes.sum() if kind == "mean" else sizes
+    return (torch.where(share > 0, 1 / share, 0) / scale).square()
+
+
+@lru_cache(maxsize=64)
+def _factors_of_sizes(
+    samples: int, size: int, kind: str, scale: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return _factors(MicroBatches(samples, size).sizes(device, dtype), kind, scale)
 
 
 def check_loss(loss: object, samples: int) -> None:

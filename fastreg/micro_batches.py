@@ -95,12 +95,18 @@ class MicroBatches:
 
     def scaled(self, rows: Tensor, factors: Tensor, onto: Tensor | None = None) -> Tensor:
         """``onto + factors_k * rows`` for ``factors [m]``; ``onto`` is overwritten."""
+        if not self.tail and rows.is_contiguous() and (onto is None or onto.is_contiguous()):
+            flat, factors = rows.view(self.count, -1), factors.to(rows.dtype).unsqueeze(1)
+            return (flat * factors).view(rows.shape) if onto is None else _add_(onto, flat, factors)
         if onto is None:
             return self.map(lambda r, c: r * _aligned(c, r), (rows,), (factors,))
         return self.map(lambda o, r, c: o.addcmul_(r, _aligned(c, r)), (onto, rows), (factors,))
 
     def scale_(self, rows: Tensor, factors: Tensor) -> Tensor:
         """``rows`` overwritten by ``factors_k * rows``."""
+        if not self.tail and rows.is_contiguous():
+            rows.view(self.count, -1).mul_(factors.to(rows.dtype).unsqueeze(1))
+            return rows
         for view, part in self.cuts((rows,), (factors,)):
             view.mul_(_aligned(part, view))
         return rows
@@ -163,6 +169,11 @@ class Selection:
         offsets = self.whole.offsets(total)
         index = [torch.arange(offsets[k], offsets[k + 1]) for k in self.chosen or ()]
         return torch.cat(index).to(device)
+
+
+def _add_(onto: Tensor, flat: Tensor, factors: Tensor) -> Tensor:
+    onto.view(flat.shape).addcmul_(flat, factors)
+    return onto
 
 
 def _aligned(factors: Tensor, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ not along dimension 0, or when a parameter acts in a way that the recording did 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def self_check(step: Step, recorder: Recorder) -> None:
     if outputs is None:
         warnings.warn("fastreg: the self-check needs the model's outputs: call reg(loss, outputs)", stacklevel=3)
         return
-    tolerance = _tolerance(outputs, step.loss)
+    tolerance = _tolerance({outputs.dtype, step.loss.dtype, *step.session.dtypes})
     with torch.autocast(outputs.device.type, enabled=False):
         _compare(step, outputs, recorder, tolerance)
 
@@ -64,12 +65,9 @@ def _compare(step: Step, outputs: Tensor, recorder: Recorder, tolerance: float) 
     _compare_gradients(sum(plain_sq.values()), recorded, tracked, tolerance)
 
 
-def _tolerance(*tensors: Tensor) -> float:
+def _tolerance(dtypes: Iterable[torch.dtype]) -> float:
     """Half the digits of the least precise dtype involved."""
-    eps = max(torch.finfo(t.dtype).eps for t in tensors)
-    if torch.is_autocast_enabled(tensors[0].device.type):
-        eps = max(eps, torch.finfo(torch.get_autocast_dtype(tensors[0].device.type)).eps)
-    return eps**0.5
+    return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5
 
 
 def _masked_cotangent(total: Tensor, outputs: Tensor, rows: slice, tolerance: float) -> Tensor:

@@ -49,6 +49,7 @@ class Session:
         uses: how often each parameter (by id) was used in the forward.
         per_parameter: when a dict, squared norms ``[m]`` are also added up per parameter id.
         earlier: sessions of another batch size that were given up for this one; no loss may still depend on them.
+        dtypes: those in which operations were recorded.
         trace: when a list, recorded operations are noted there.
         selected: micro-batches the norms are restricted to, or None for all.
     """
@@ -62,6 +63,7 @@ class Session:
         self.phase = phase
         self.per_parameter: dict[int, Tensor] | None = None
         self.trace: list[Traced] | None = None
+        self.dtypes: set[torch.dtype] = {dtype}
         self.earlier: list[weakref.ref[Session]] = []
         self.selected: tuple[int, ...] | None = None
         self.shared: list = []

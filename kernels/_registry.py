@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from fastreg.errors import FastregError
 
@@ -100,7 +102,10 @@ class Op:
         _OPS[self.name] = self
 
     def __call__(self, *args: object) -> object:
-        return self.overload(*args)
+        # The dispatcher costs as much as a small op; it is needed only where somebody listens to it.
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+            return self.overload(*args)
+        return self.run(*args)
 
     def run(self, *args: object) -> object:
         """Call the chosen implementation directly, below torch's dispatcher."""

@@ -258,10 +258,3 @@ def test_batch_norm_of_one_vector(size: int) -> None:
     message = refused(model, F.cross_entropy, *mlp_batch()[1:], size=size)
     assert "batch" in message
     assert "micro_batch_size" in message
-
-
-def test_batch_norm_of_single_samples() -> None:
-    case = BY_NAME["batch_norm_train"]
-    message = refused(case.model(), case.loss_fn, *case.batch(6), size=1)
-    assert "batch" in message
-    assert "micro_batch_size" in message

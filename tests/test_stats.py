@@ -75,11 +75,14 @@ def test_statistics_work_on_a_model_in_evaluation_mode() -> None:
     assert not model.training
 
 
-def test_per_sample_norms_of_batch_norm_are_refused() -> None:
-    """With batch statistics a sample has no gradient of its own."""
+def test_per_sample_norms_of_batch_norm_in_training() -> None:
+    """An image is normalised by its own pixels, as it is when it is trained on alone."""
     case = BY_NAME["batch_norm_train"]
-    with pytest.raises(FastregError, match="(?i)batch"):
-        fastreg.per_sample_grad_norms(case.model(), case.loss_fn, case.batch(SAMPLES))
+    model, batch = case.model(), case.batch(SAMPLES)
+    want = oracle.sq_norms(model, case.loss_fn, *batch, 1)
+    torch.testing.assert_close(
+        fastreg.per_sample_grad_norms(model, case.loss_fn, batch), want, rtol=EXACT, atol=0.0
+    )
 
 
 def classifier(name: str) -> tuple[torch.nn.Module, tuple[Tensor, Tensor]]:

@@ -117,6 +117,12 @@ def torch_embedding(
     return out if padding is None else torch.where(padding, out.detach(), out)
 
 
+@route(F.embedding_bag, torch.embedding_bag)
+def embedding_bag(tape: Tape, *args: object, **kwargs: object) -> Tensor:
+    """``F.embedding_bag``: torch has no double backward for it."""
+    raise UnsupportedOperation("embedding_bag has no double backward; use embedding, and a sum or mean over the bag")
+
+
 def _masked(rows: Tensor, padding: Tensor | None) -> Tensor:
     return rows if padding is None else rows.masked_fill(padding, 0)
 

@@ -90,11 +90,15 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def _quadratic(x: Tensor, d: Tensor, cut: MicroBatches) -> bool:
-    """Counted per row: two Gram forms cost 4 s (I + O), storing G_k and using it twice 6 I O."""
+    """Counted in multiplications: two Gram forms cost 4 s (I + O) a row, storing G_k and using it twice 6 I O."""
     inputs, outputs = x.shape[-1], d.shape[-1]
-    segment = x.numel() // inputs // cut.samples * cut.size
-    return 2 * segment * (inputs + outputs) < 3 * inputs * outputs
+    rows = x.numel() // inputs
+    segment = rows // cut.samples * cut.size
+    return rows * (4 * segment * (inputs + outputs) - 6 * inputs * outputs) < _LAUNCHES
 
+
+# What the dense form's eight further calls are worth in multiplications: 0.1 ms of two CPU cores.
+_LAUNCHES = 10_000_000
 
 LINEAR = Linear()
 

@@ -90,8 +90,10 @@ class Tape:
     def _apply(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
         device = x.device.type
         if not (autocast and torch.is_autocast_enabled(device)):
+            self.session.dtypes.add(x.dtype)
             return Routed.apply(use, x, weight, bias, self.root)
         low = torch.get_autocast_dtype(device)
+        self.session.dtypes.add(low)
         x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
         with torch.autocast(device, enabled=False):
             return Routed.apply(use, x, weight, bias, self.root)
