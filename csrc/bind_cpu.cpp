@@ -13,6 +13,7 @@
 #include "gelu_double_backward.h"
 #include "index_sqnorm.h"
 #include "machine.h"
+#include "norm_affine.h"
 #include "normalize.h"
 #include "outer_apply.h"
 #include "outer_sqnorm.h"
@@ -107,6 +108,37 @@ void bind_normalize(py::module_& m, const std::string& suffix) {
         Unlocked());
 }
 
+template <class T>
+void bind_norm_affine(py::module_& m, const std::string& suffix) {
+  // (samples, groups, channels of a group, places)
+  using Sizes = std::array<Size, 4>;
+  const auto shape = [](const Sizes& s) { return NormShape{s[0], s[1], s[2], s[3]}; };
+  m.def(("norm_affine" + suffix).c_str(),
+        [shape](Address x, Address weight, Address bias, Address y, Address mean, Address rstd, const Sizes& sizes,
+                double eps, bool center, int threads) {
+          norm_affine<T>({at<T>(x), at<T>(weight), at<T>(bias), at<T>(y), at<T>(mean), at<T>(rstd), shape(sizes), eps,
+                          center, threads});
+        },
+        Unlocked());
+  m.def(("norm_affine_backward" + suffix).c_str(),
+        [shape](const std::array<Address, 5>& in, Address offsets, const std::array<Address, 3>& out,
+                const Sizes& sizes, Size segments, bool center, int threads) {
+          norm_affine_backward<T>({at<T>(in[0]), at<T>(in[1]), at<T>(in[2]), at<T>(in[3]), at<T>(in[4]),
+                                   int64_at(offsets), at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), shape(sizes),
+                                   segments, center, threads});
+        },
+        Unlocked());
+  m.def(("norm_affine_double_backward" + suffix).c_str(),
+        [shape](const std::array<Address, 8>& in, Address offsets, const std::array<Address, 3>& out,
+                const Sizes& sizes, Size segments, bool center, int threads) {
+          norm_affine_double_backward<T>({at<T>(in[0]), at<T>(in[1]), at<T>(in[2]), at<T>(in[3]), at<T>(in[4]),
+                                          at<T>(in[5]), at<T>(in[6]), at<T>(in[7]), int64_at(offsets),
+                                          at<T>(out[0]), at<T>(out[1]), at<T>(out[2]), shape(sizes), segments,
+                                          center, threads});
+        },
+        Unlocked());
+}
+
 // (address, sample stride, head stride, row stride), strides in numbers.
 using Strided = std::array<std::int64_t, 4>;
 
@@ -151,6 +183,7 @@ void bind_ops(py::module_& m, const std::string& suffix) {
   bind_outer_products<T>(m, suffix);
   bind_segment_sums<T>(m, suffix);
   bind_normalize<T>(m, suffix);
+  bind_norm_affine<T>(m, suffix);
   bind_attention<T>(m, suffix);
 }
 

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("fastreg._C", "fastreg._cuda", "fastreg.errors", "fastreg._version"),
     ("fastreg.kernels",),
-    ("fastreg.micro_batches",),
-    ("fastreg.normalize", "fastreg.attention"),
+    ("fastreg.micro_batches", "fastreg.loss"),
+    ("fastreg.normalize", "fastreg.attention", "fastreg.fused_attention"),
     ("fastreg.session", "fastreg.rules", "fastreg.recording"),
-    ("fastreg.attach", "fastreg.chain", "fastreg.loss", "fastreg.graph_walk"),
+    ("fastreg.attach", "fastreg.chain", "fastreg.graph_walk"),
     ("fastreg.penalties",),
     ("fastreg.self_check", "fastreg.stats", "fastreg.regularizer"),
     ("fastreg.check",),

@@ -145,6 +145,19 @@ class Bilinear(ABC):
         gradients = self.dense(x, d, weight, cut)
         return gradients.sum(0), sum_squares(gradients)
 
+    def with_norms(
+        self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """The gradients of the ``parts`` asked for (None for the others), and their squared norms ``[m]``."""
+        dw = db = squared = None
+        if parts.weight:
+            dw, squared = self.outer_with_norms(x, d, weight, cut)
+        if parts.bias:
+            of_bias = self.bias_dense(d, bias, cut)
+            db, of_bias = of_bias.sum(0), sum_squares(of_bias)
+            squared = of_bias if squared is None else squared + of_bias
+        return dw, db, squared
+
 
 def sum_squares(gradients: Tensor) -> Tensor:
     """``[m, ...] -> [m]``: squared norms, accumulated in float32 or wider."""

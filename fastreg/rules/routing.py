@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastreg.micro_batches import Selection
-from fastreg.rules.bilinear import Bilinear, Parts, sum_squares
+from fastreg.rules.bilinear import Bilinear, Parts
 from fastreg.rules.joining import Deposit
 from fastreg.rules.use import Use
 from fastreg.session import Phase
@@ -86,20 +86,14 @@ class RoutedBackward(Function):
         d, x = op.laid_out(pick.take(d)), pick.take(x)
         dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
         dw = db = squared = tangent = memo = None
-        if norms.weight and wanted.dw and not wanted.exact:
-            dw, squared = op.outer_with_norms(x, d, weight, pick.kept)
-            wanted = wanted._replace(norms=wanted.norms._replace(weight=False))
-        elif wanted.dw:
+        if session.phase is Phase.STATISTICS and any(norms) and not wanted.exact:
+            dw, db, squared = op.with_norms(x, d, weight, bias, norms, pick.kept)
+        elif any(norms):
+            squared, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
+        if wanted.dw and dw is None:
             dw = op.outer(x, d, weight)
-        if norms.bias and wanted.db and not wanted.exact:
-            of_bias = op.bias_dense(d, bias, pick.kept)
-            db, squared = of_bias.sum(0), _plus(squared, sum_squares(of_bias))
-            wanted = wanted._replace(norms=wanted.norms._replace(bias=False))
-        elif wanted.db:
+        if wanted.db and db is None:
             db = op.bias_total(d, bias)
-        if any(wanted.norms):
-            of_rest, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
-            squared = _plus(squared, of_rest)
         ctx.save_for_backward(d, x, weight, tangent, memo)
         if session.per_parameter is not None:
             _note_each(use, norms, d, x, weight, bias, pick)
