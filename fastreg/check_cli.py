@@ -16,7 +16,7 @@ FACTORY takes no arguments and returns (model, loss_fn, (inputs, targets)), wher
 mean loss over samples.
 
 example:
-  fastreg check fastreg.models.examples:gpt
+  fastreg check examples.tiny_gpt:problem
 """
 
 
