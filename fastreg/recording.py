@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from fastreg.errors import FastregError, UnsupportedOperation
@@ -98,6 +99,11 @@ class Recorder(TorchFunctionMode):
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch._C._current_graph_task_id() != -1 and self._tape is not None:
             return
+        if isinstance(self.model, DistributedDataParallel) and module is not self.model:
+            raise FastregError(
+                "recording: a DistributedDataParallel model must be called itself, got a call of a module inside it "
+                "(gradients of such a forward are never reduced)"
+            )
         samples = _batch_size(args, kwargs)
         known = self.session
         if known is not None and not known.consumed and known.micro_batches.samples == samples:

@@ -1,0 +1,64 @@
+"""DistributedDataParallel in two processes: the gradient is that of the mean over ranks of loss + penalty."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import fastreg
+import oracle
+
+WEIGHT = 0.3
+
+
+def problem(rank: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    draw = torch.Generator().manual_seed(rank)
+    return model, torch.randn(5, 5, generator=draw).double(), torch.randint(3, (5,), generator=draw)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model, x, y = problem(rank)
+    parallel = DistributedDataParallel(model)
+    reg = fastreg.Regularizer(parallel, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=2)
+    for _ in range(2):
+        parallel.zero_grad()
+        outputs = parallel(x)
+        reg(F.cross_entropy(outputs, y), outputs).backward()
+    try:
+        parallel.module(x)
+        said = ""
+    except fastreg.FastregError as refusal:
+        said = str(refusal)
+    (Path(folder) / f"{rank}.txt").write_text(said)
+    torch.save([p.grad for p in model.parameters()], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_are_the_mean_over_ranks(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
+    got = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all("must be called itself" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    locally = []
+    for rank in range(2):
+        model, x, y = problem(rank)
+        want = oracle.penalty_gradient(model, F.cross_entropy, x, y, 2, weight=WEIGHT)
+        locally.append([want[name] for name, _ in model.named_parameters()])
+    for one, other, first, second in zip(*got, *locally):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(one, (first + second) / 2, rtol=1e-10, atol=1e-14)
