@@ -26,6 +26,7 @@ from fastreg.kernels.affine_sqnorm import affine_sqnorm
 from fastreg.kernels.attention import attention_backward, attention_double_backward
 from fastreg.kernels.gelu_double_backward import gelu_double_backward
 from fastreg.kernels.index_sqnorm import index_sqnorm
+from fastreg.kernels.norm_affine import norm_affine, norm_affine_backward, norm_affine_double_backward
 from fastreg.kernels.normalize import normalize, normalize_backward, normalize_double_backward
 from fastreg.kernels.outer_apply import outer_apply
 from fastreg.kernels.outer_sqnorm import outer_sqnorm
@@ -44,6 +45,9 @@ __all__ = [
     "explain",
     "gelu_double_backward",
     "index_sqnorm",
+    "norm_affine",
+    "norm_affine_backward",
+    "norm_affine_double_backward",
     "normalize",
     "normalize_backward",
     "normalize_double_backward",

@@ -69,6 +69,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d_padding_beyond_reach": (lambda: nn.Conv2d(2, 3, 2, padding=3, stride=2), (2, 3, 4)),
     "2d_pointwise": (lambda: nn.Conv2d(4, 6, 1), (4, 3, 5)),
     "2d_pointwise_strided": (lambda: nn.Conv2d(4, 3, 1, stride=(2, 3), bias=False), (4, 5, 4)),
+    "2d_pointwise_one_pixel": (lambda: nn.Conv2d(6, 5, 1), (6, 1, 1)),
     "2d_pointwise_padded": (lambda: nn.Conv2d(4, 3, 1, padding=1), (4, 2, 3)),
     "2d_only_padding_read": (lambda: nn.Conv2d(2, 3, 1, stride=2, padding=1), (2, 1, 3)),
     "2d_strided_dilated": (lambda: nn.Conv2d(2, 3, 3, stride=(2, 3), dilation=(3, 2), padding=(3, 1)), (2, 6, 7)),
@@ -161,6 +162,31 @@ def test_norms_and_their_gradient(name: str, size: int, form: str) -> None:
     assert_close(got_gradients, gradients)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["2d", "2d_uneven", "2d_grouped", "2d_pointwise_strided", "3d", "transposed_2d"])
+def test_micro_batches_of_one_size(name: str, size: int, form: str) -> None:
+    """Several samples in each of several micro-batches and none ragged: products stay in their own layout."""
+    net, x = build(name)
+    x = torch.cat([x, 2 * x[:1]]).requires_grad_()
+    norms, gradients = expected(net, x, size)
+    got_norms, got_gradients = received(net, x, size)
+    assert_close([got_norms], [norms])
+    assert_close(got_gradients, gradients)
+
+
+@pytest.mark.parametrize("extent", [1, 4])
+def test_push_is_scaled_on_either_side(extent: int) -> None:
+    """A stored kernel gradient larger than the image, and a smaller one."""
+    cut = MicroBatches(4, 2)
+    op = conv_maps.Convolution((3, 3), (1, 1), (1, 1), (1, 1), 1, False, (0, 0))
+    x, d = torch.randn(2, 4, 2, extent, extent, dtype=torch.float64).unbind()
+    memo = op.dense(x, d, torch.randn(2, 2, 3, 3, dtype=torch.float64), cut)
+    assert (memo.numel() > x.numel()) == (extent == 1)
+    kept, factors = memo.clone(), torch.tensor([2.0, -3.0], dtype=torch.float64)
+    want = torch.cat([2 * op.push(x, d, memo, cut)[:2], -3 * op.push(x, d, memo, cut)[2:]])
+    assert_close([op.scaled_push(x, d, memo, factors, cut), memo], [want, kept])
+
+
 @pytest.mark.parametrize("frozen", ["none", "weight", "bias", "first"])
 @pytest.mark.parametrize("size", [1, 3])
 def test_frozen_parameters_and_constant_input(frozen: str, size: int, form: str) -> None:
@@ -204,8 +230,9 @@ def test_float32_is_as_good_as_its_plain_form(name: str, form: str) -> None:
     assert_close([g.double() for g in got_gradients], gradients, tolerance)
 
 
-def test_channels_last(form: str) -> None:
-    net, x = build("2d")
+@pytest.mark.parametrize("name", ["2d", "2d_pointwise_strided"])
+def test_channels_last(name: str, form: str) -> None:
+    net, x = build(name)
     norms, gradients = expected(net, x, 2)
     net = net.to(memory_format=torch.channels_last)
     got_norms, got_gradients = received(net, x.to(memory_format=torch.channels_last), 2)
@@ -231,9 +258,10 @@ def test_short_micro_batches_store_no_gradient() -> None:
         assert (memo is not None) == stored
 
 
-def test_bfloat16_autocast(form: str) -> None:
+@pytest.mark.parametrize("name", ["2d", "2d_pointwise_strided"])
+def test_bfloat16_autocast(name: str, form: str) -> None:
     """Norms under autocast agree with float64 within a few roundings to eight bits."""
-    net, x = build("2d")
+    net, x = build(name)
     norms, _ = expected(net, x, 2)
     net, x = net.float(), x.float()
     with recorded(net, 2) as recorder, torch.autocast("cpu", dtype=torch.bfloat16):

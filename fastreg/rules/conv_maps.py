@@ -18,6 +18,7 @@ from torch import Tensor
 from fastreg.micro_batches import MicroBatches
 from fastreg.rules.bilinear import Bilinear, Parts, row_dots, sum_squares
 from fastreg.rules.conv_gram import PixelGrid, pixel_grid
+from fastreg.rules.conv_layout import aligned, apart, beside, scaled_rows
 
 # Elements of G_k held at once where they are only added and squared: a megabyte in float32, so that both passes find
 # them in the second-level cache, and memory does not grow with the number of micro-batches.
@@ -126,6 +127,21 @@ class Convolution(Bilinear):
         grid = self._grid(x, d)
         return cut.map(grid.onto_small if self.transposed else grid.onto_big, self._sides(x, d), ())
 
+    def scaled_pull(
+        self, onto: Tensor | None, x: Tensor, tangent: Tensor, memo: Tensor | None, factors: Tensor, cut: MicroBatches
+    ) -> Tensor:
+        if tangent.dim() == x.dim():
+            return super().scaled_pull(onto, x, tangent, memo, factors, cut)
+        return scaled_rows(tangent, factors, onto)
+
+    def scaled_push(
+        self, x: Tensor, d: Tensor, memo: Tensor | None, factors: Tensor, cut: MicroBatches
+    ) -> Tensor:
+        if memo is None or memo.numel() > x.numel():
+            return super().scaled_push(x, d, memo, factors, cut)
+        # Of G_k and its image, the smaller one is scaled.
+        return self.push(x, d, memo * aligned(factors, memo), cut)
+
     def outer_with_norms(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
         costs = self._costs(x, d, cut)
         if costs.gram < costs.store:
@@ -138,14 +154,20 @@ class Convolution(Bilinear):
     def _stored_pull(
         self, x: Tensor, d: Tensor, weight: Tensor, of_bias: Tensor | None, cut: MicroBatches
     ) -> tuple[Tensor, Tensor]:
-        """Every ``G_k``, and ``B(x_k, G_k)`` plus the bias gradient of ``k``; ``x`` is laid out once for both."""
+        """Every ``G_k``, and ``B(x_k, G_k)`` plus the bias gradient of ``k``; ``x`` is laid out once for both.
+
+        The latter is ``[m, b, O, *S']`` as the product left it, in rows only if the last micro-batch is ragged:
+        :meth:`scaled_pull` reads it once, and does so from either layout.
+        """
         pieces = []
         for a, e, *biases in cut.cuts((x, d), () if of_bias is None else (of_bias,)):
             laid = self.lay(a)
             gradients = self.segment_outer(laid, e, weight)
-            tangent = self.segment_forward(laid, gradients, *(biases or [None])).flatten(0, 1)
-            pieces.append((gradients, tangent))
-        return pieces[0] if len(pieces) == 1 else tuple(torch.cat(part) for part in zip(*pieces))
+            pieces.append((gradients, self.segment_forward(laid, gradients, *(biases or [None]))))
+        if len(pieces) == 1:
+            return pieces[0]
+        gradients, tangents = zip(*pieces)
+        return torch.cat(gradients), torch.cat([tangent.flatten(0, 1) for tangent in tangents])
 
     def _stored_with_norms(
         self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches
@@ -210,13 +232,3 @@ class Costs:
     gram: float
     store: int
     product: int
-
-
-def beside(x: Tensor) -> Tensor:
-    """``[m, b, C, *S] -> [b, m C, *S]``: segments side by side along the channels."""
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-def apart(x: Tensor, count: int) -> Tensor:
-    """``[b, m C, *S] -> [m, b, C, *S]``, the inverse of :func:`beside`."""
-    return x.unflatten(1, (count, -1)).transpose(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,18 @@ class Pointwise(Convolution):
 
     # Half a convolution's: matrix products need no change of layout.
     STORE_COST: ClassVar[int] = 100
+
+    def transpose(self, d: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        if not _by_matrices(d):
+            return super().transpose(d, weight, x)
+        return self._written(torch.matmul(weight.flatten(1).mT, d.flatten(2)).unflatten(2, d.shape[2:]), x)
+
+    def outer(self, x: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+        # One product per image, then their sum: not if the products are as large as the images.
+        few_channels = 2 * weight.numel() < d[0].numel() + x[0].numel() // prod(self.stride)
+        if not (few_channels and _by_matrices(d)):
+            return super().outer(x, d, weight)
+        return torch.bmm(d.flatten(2), x[self._read].flatten(2).mT).sum(0).view(weight.shape)
 
     def lay(self, x: Tensor) -> Tensor:
         return channels_first(x[self._read])
@@ -34,6 +47,10 @@ class Pointwise(Convolution):
     def segment_transpose(self, d: Tensor, x: Tensor, weights: Tensor) -> Tensor:
         laid = channels_first(d)
         read = torch.bmm(weights.flatten(2).mT, laid.flatten(2)).unflatten(2, laid.shape[2:]).transpose(1, 2)
+        return self._written(read, x)
+
+    def _written(self, read: Tensor, x: Tensor) -> Tensor:
+        """The pixels that the stride reads, among zeros shaped as ``x``."""
         if max(self.stride) == 1:
             return read
         out = x.new_zeros(x.shape)
@@ -48,3 +65,12 @@ class Pointwise(Convolution):
 def channels_first(x: Tensor) -> Tensor:
     """``[m, b, C, *S] -> [m, C, b, *S]``; a copy if ``b > 1``."""
     return x.transpose(1, 2).contiguous()
+
+
+def _by_matrices(d: Tensor) -> bool:
+    """Where matrix products beat the convolution library, which does not know the kernel to be one tap.
+
+    Measured in float32 on CPUs (bench/NOTES.md, "Convolutions"); of a tensor in another memory order every product
+    would change the order of its result.
+    """
+    return d.is_cpu and d.is_contiguous() and d.dtype in (torch.float32, torch.float64)

@@ -1,7 +1,8 @@
 """Norms within one sample: ``F.layer_norm``, ``F.rms_norm``, ``F.group_norm``, ``F.instance_norm``.
 
-Each is a normalisation without parameters (:mod:`fastreg.normalize`) followed by a scale and a bias. They are routed
-without parameters too: torch's double backward of a norm layer is a composite that costs several times as much.
+With a tracked scale each is one operation (:mod:`fastreg.rules.norm_affine`), otherwise a normalisation without
+parameters (:mod:`fastreg.normalize`) followed by what scale and bias there are. They are routed without parameters
+too: torch's double backward of a norm layer is a composite that costs several times as much.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
-from fastreg.normalize import normalize_rows
 from fastreg.rules.affine import Scale, affine, differentiated, refuse_parameter
 from fastreg.rules.batch_norm import standardize, update_running
+from fastreg.rules.norm_affine import Norm, fits, norm_affine_layer
 from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
-
-_LAST = Scale()
 
 
 @route(F.layer_norm, torch.layer_norm, always=True)
@@ -36,8 +35,8 @@ def layer_norm(
     if not differentiated(tape, input, weight, bias):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     x = _autocast_float(input)
-    xhat = normalize_rows(x, _width(x, normalized_shape), eps, center=True)
-    return affine(tape, xhat, weight, bias, _LAST)
+    norm = Norm(_width(x, normalized_shape), 1, 1, eps, center=True)
+    return _normalized_affine(tape, norm, x, weight, bias)
 
 
 @route(F.rms_norm, torch.rms_norm, always=True)
@@ -49,8 +48,8 @@ def rms_norm(
         return F.rms_norm(input, normalized_shape, weight, eps)
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    xhat = normalize_rows(input, _width(input, normalized_shape), eps, center=False)
-    return affine(tape, xhat, weight, None, _LAST)
+    norm = Norm(_width(input, normalized_shape), 1, 1, eps, center=False)
+    return _normalized_affine(tape, norm, input, weight, None)
 
 
 @route(F.group_norm, torch.group_norm, always=True)
@@ -67,8 +66,8 @@ def group_norm(
     if not differentiated(tape, input, weight, bias):
         return F.group_norm(input, num_groups, weight, bias, eps)
     x = _autocast_float(input)
-    xhat = normalize_rows(x, prod(x.shape[1:]) // num_groups, eps, center=True)
-    return affine(tape, xhat, weight, bias, Scale(x.dim() - 2))
+    norm = Norm(x.shape[1], prod(x.shape[2:]), num_groups, eps, center=True, trailing=x.dim() - 2)
+    return _normalized_affine(tape, norm, x, weight, bias)
 
 
 @route(F.instance_norm, always=True)
@@ -85,13 +84,13 @@ def instance_norm(
 ) -> Tensor:
     """``F.instance_norm``; running statistics take one step per micro-batch."""
     refuse_parameter(tape, input)
-    scale = Scale(input.dim() - 2)
+    trailing = input.dim() - 2
     if not use_input_stats:
-        return affine(tape, standardize(input, running_mean, running_var, eps), weight, bias, scale)
+        return affine(tape, standardize(input, running_mean, running_var, eps), weight, bias, Scale(trailing))
     if running_mean is not None:
         update_running(running_mean, running_var, _instance_statistics(tape, input), momentum)
-    xhat = normalize_rows(input, prod(input.shape[2:]), eps, center=True)
-    return affine(tape, xhat, weight, bias, scale)
+    norm = Norm(input.shape[1], prod(input.shape[2:]), input.shape[1], eps, center=True, trailing=trailing)
+    return _normalized_affine(tape, norm, input, weight, bias)
 
 
 @route(torch.instance_norm, always=True)
@@ -109,6 +108,12 @@ def torch_instance_norm(
 ) -> Tensor:
     """``torch.instance_norm``: the arguments of ``F.instance_norm`` in another order."""
     return instance_norm(tape, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _normalized_affine(tape: Tape, norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if fits(tape, x, weight, bias):
+        return norm_affine_layer(tape, norm, x, weight, bias)
+    return affine(tape, norm.normalized(x), weight, bias, Scale(norm.trailing))
 
 
 @torch.no_grad()

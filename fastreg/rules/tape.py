@@ -67,19 +67,26 @@ class Tape:
             UnsupportedOperation: ``x`` derives from a parameter alone.
             FastregError: ``x`` does not keep its samples along dimension 0.
         """
+        use = self.use(op, x, weight, bias)
+        y = self._apply(use, x, weight, bias, autocast)
+        self.note(use, type(op).__name__, lambda: op.form(x, y, self.session.micro_batches))
+        return y
+
+    def use(self, op: Bilinear, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Use:
+        """Check the operands of an operation and count it as a use of its parameters; raises as :meth:`bilinear`."""
         if self.lineage(x) is not None:
             raise UnsupportedOperation("both operands derive from parameters alone")
         self.session.micro_batches.rows_per_sample(x, "the input of a recorded operation")
+        self.session.dtypes.add(x.dtype)
         of_weight, of_bias = self._of_parameter(weight), self._of_parameter(bias)
         self.session.count_use(of_weight and of_weight.key, of_bias and of_bias.key)
-        use = Use(self.session, op, of_weight, of_bias)
-        y = self._apply(use, x, weight, bias, autocast)
-        if self.session.trace is not None:
-            keys = tuple(lineage.key for lineage in (of_weight, of_bias) if lineage is not None)
-            form = op.form(x, y, self.session.micro_batches)
-            self.session.trace.append(Traced(type(op).__name__, form, keys))
-        return y
+        return Use(self.session, op, of_weight, of_bias)
 
+    def note(self, use: Use, rule: str, form: Callable[[], str]) -> None:
+        """Tell the session's trace, if it has one, how an operation was recorded."""
+        if self.session.trace is not None:
+            keys = tuple(lineage.key for lineage in (use.weight, use.bias) if lineage is not None)
+            self.session.trace.append(Traced(rule, form(), keys))
 
     def _of_parameter(self, tensor: Tensor | None) -> Lineage | None:
         lineage = self.lineage(tensor)
@@ -90,7 +97,6 @@ class Tape:
     def _apply(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
         device = x.device.type
         if not (autocast and torch.is_autocast_enabled(device)):
-            self.session.dtypes.add(x.dtype)
             return Routed.apply(use, x, weight, bias, self.root)
         low = torch.get_autocast_dtype(device)
         self.session.dtypes.add(low)
