@@ -84,6 +84,10 @@ class Segments:
         """``[S, ...]`` to one ``[n, size, ...]`` per group."""
         return [group.take(x) for group in self.groups]
 
+    def on(self, device: torch.device) -> Tensor:
+        """``[m + 1]`` int64: the offsets on a device, copied there once."""
+        return _offsets_on(self.offsets, device)
+
     @cached_property
     def in_order(self) -> bool:
         """Whether the groups, one after another, are the segments in order."""
@@ -111,6 +115,11 @@ class Segments:
         lengths = torch.tensor([stop - start for start, stop in pairwise(self.offsets)], device=device)
         ids = torch.arange(self.count, device=device)
         return torch.repeat_interleave(ids, lengths, output_size=self.offsets[-1])
+
+
+@lru_cache(maxsize=512)
+def _offsets_on(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(offsets, dtype=torch.int64, device=device)
 
 
 def _scattered(joined: Tensor, places: list[int]) -> Tensor:
