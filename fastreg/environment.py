@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import fastreg
+from fastreg import kernel_report
 from fastreg._version import __version__
 from fastreg.kernels import explain, registry
 
@@ -176,10 +177,19 @@ def format_report(report: Report) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``fastreg env``."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="OP",
+        help="compile the Triton kernels (of all ops, or of those named) for sm_80 and sm_90, no GPU needed, and show "
+        "registers, local and shared memory and matrix instructions; status 1 if one of them is amiss",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 0 also when something optional is missing, since that is what it reports."""
+    if args.kernels is not None:
+        return kernel_report.run(args.kernels, args.json)
     report = collect()
     text = json.dumps(asdict(report), indent=2) if args.json else format_report(report)
     sys.stdout.write(text + "\n")

@@ -9,22 +9,26 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastreg.errors import FastregError
-from fastreg.kernels._launch import DTYPES, INTERPRETED, Launch, recorded
+from fastreg.kernels._launch import INTERPRETED, Launch, recorded
 from fastreg.kernels._registry import registry
+from fastreg.kernels._usage import usage
 
 # Compute capability of the cards compiled for, with the shared memory a block may take there, in bytes.
 TARGETS = {80: 163 << 10, 90: 227 << 10}
+# float16 compiles as bfloat16 does.
+DTYPES = (torch.float32, torch.bfloat16)
+# The matrix instruction of each for 16-bit floats.
+TENSOR_CORES = {80: "mma", 90: "wgmma"}
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
@@ -43,7 +47,7 @@ class Compiled:
         meta: its constexpr arguments, as text.
         capability: 80 or 90.
         registers: per thread.
-        spills: bytes per thread spilled to local memory.
+        local: bytes of local memory per thread: what was spilled from registers.
         shared: bytes of shared memory per block.
         shared_limit: what a block may take on the target.
         warps: per block.
@@ -57,12 +61,23 @@ class Compiled:
     meta: str
     capability: int
     registers: int
-    spills: int
+    local: int
     shared: int
     shared_limit: int
     warps: int
     dots: int
     tensor_cores: str
+
+    def faults(self) -> list[str]:
+        """What keeps this kernel from running well, or at all; empty if nothing does."""
+        found = []
+        if self.local:
+            found.append(f"{self.local} bytes per thread in local memory")
+        if self.shared > self.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {self.shared_limit}")
+        if self.dots and self.dtype != "float32" and self.tensor_cores != TENSOR_CORES[self.capability]:
+            found.append(f"products by {self.tensor_cores or 'FMA'}, not {TENSOR_CORES[self.capability]}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,8 @@ def report(ops: list[str] | None = None, targets: tuple[int, ...] = tuple(TARGET
             "report: kernels must be compiled, got TRITON_INTERPRET=1 (start a process without that variable)"
         )
     jobs = [(request, target) for request in _requests(ops) for target in targets]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    # Compiling is most of a second each. Workers start afresh: forking would copy torch's threads half-way.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(_compiled, *zip(*jobs, strict=True))) if jobs else []
 
 
@@ -161,7 +177,6 @@ def _kind(value: object, constexpr: bool) -> str:
 
 
 def _compiled(request: _Request, capability: int) -> Compiled:
-    # Triton is needed only here, in a worker.
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -175,35 +190,18 @@ def _compiled(request: _Request, capability: int) -> Compiled:
     )
     options = {"num_warps": request.warps, "num_stages": request.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spills = _usage(binary.asm["ptx"], capability)
-    ptx = binary.asm["ptx"]
-    instructions = [name for name in ("wgmma", "mma") if re.search(rf"^\s*{name}\.", ptx, re.MULTILINE)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary.asm["cubin"])
+        (taken,) = usage(path)
+    dots = len(re.findall(r"tt\.dot |warp_group_dot ", binary.asm["ttgir"]))
     return Compiled(
-        request.op, request.kernel, request.dtype, request.meta, capability, registers, spills,
-        binary.metadata.shared, TARGETS[capability], request.warps,
-        len(re.findall(r"tt\.dot |warp_group_dot ", binary.asm["ttgir"])), next(iter(instructions), ""),
+        request.op, request.kernel, request.dtype, request.meta, capability, taken.registers, taken.local,
+        binary.metadata.shared, TARGETS[capability], request.warps, dots, _tensor_cores(binary.asm["ptx"]),
     )  # fmt: skip
 
 
-def _usage(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers per thread and bytes spilled, as Triton's own assembler reports them."""
-    from triton import knobs
-
-    arch = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx, encoding="utf-8")
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(path), "-o", f"{folder}/kernel.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", said)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-
-
-def lines(found: list[Compiled]) -> Iterator[str]:
-    """The report as a table."""
-    yield f"{'op':<28}{'kernel':<34}{'dtype':<10}{'sm':>3}{'warps':>6}{'regs':>6}{'spills':>8}{'shared':>9}  dots"
-    for row in found:
-        dots = f"{row.dots} by {row.tensor_cores or 'FMA'}" if row.dots else "-"
-        yield (
-            f"{row.op:<28}{row.kernel:<34}{row.dtype:<10}{row.capability:>3}{row.warps:>6}{row.registers:>6}"
-            f"{row.spills:>8}{row.shared:>9}  {dots}"
-        )
+def _tensor_cores(ptx: str) -> str:
+    """The matrix instruction in a kernel's code, the widest if there are several."""
+    found = (name for name in ("wgmma", "mma") if re.search(rf"^\s*{name}\.", ptx, re.MULTILINE))
+    return next(found, "")

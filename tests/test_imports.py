@@ -27,7 +27,8 @@ LAYERS = (
     ("fastreg.self_check", "fastreg.stats", "fastreg.regularizer"),
     ("fastreg.check",),
     ("fastreg", "fastreg.models"),
-    ("fastreg.recipes", "fastreg.benchmark", "fastreg.environment", "fastreg.check_cli", "fastreg.cli"),
+    ("fastreg.recipes", "fastreg.benchmark", "fastreg.kernel_report"),
+    ("fastreg.environment", "fastreg.check_cli", "fastreg.cli"),
 )
 
 
