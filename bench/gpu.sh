@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, test, ceilings, kernels, steps, table.
+# Everything that needs a GPU, in one go: build, test, ceilings, kernels, steps, sanitize, profile, table.
 #
 #   bench/gpu.sh                        all stages
 #   bench/gpu.sh --only kernels         one stage (repeat --only for more)
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-ALL=(build test ceilings kernels steps table)
+ALL=(build test ceilings kernels steps sanitize profile table)
 STAGES=()
 
 while (($#)); do
@@ -61,8 +61,9 @@ stage_build() {
     "$PYTHON" -m fastreg env
 }
 
-# The gpu-marked tests, and the op tests, which run on the GPU where there is one.
+# Ops and whole steps with their compiled kernels against float64, and what the compiler made of them.
 stage_test() {
+    "$PYTHON" -m fastreg env --kernels || echo "gpu.sh: see the faults above" >&2
     require pytest hypothesis
     "$PYTHON" -m pytest -q -m gpu tests
 }
@@ -84,6 +85,29 @@ stage_steps() {
             rm "$part"
         done
     done
+}
+
+# Out-of-bounds accesses and races, in the smaller tests of the CUDA kernels.
+stage_sanitize() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "gpu.sh: compute-sanitizer is not on PATH: not run" >&2
+        return
+    fi
+    for tool in memcheck racecheck; do
+        compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m pytest -q -m gpu tests/test_multi_tensor.py
+    done
+}
+
+# Where the three kernels that matter most lose time; ncu needs leave to read the card's counters.
+stage_profile() {
+    if ! command -v ncu >/dev/null; then
+        echo "gpu.sh: ncu is not on PATH: not run" >&2
+        return
+    fi
+    ncu --clock-control none --launch-count 6 --kernel-name 'regex:outer_(sum|apply)|norm_affine_backward' \
+        --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats \
+        "$PYTHON" bench/gpu_kernels.py once >"${RESULTS%.json}-ncu.txt" ||
+        echo "gpu.sh: ncu failed: ${RESULTS%.json}-ncu.txt says why" >&2
 }
 
 stage_table() { "$PYTHON" bench/gpu_table.py "$RESULTS"; }

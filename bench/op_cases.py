@@ -1,7 +1,7 @@
 """Calls of every op at the sizes that the benchmark's models make, with what each must cost at least."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class OpCase:
         draw: makes the arguments for a dtype and device, fresh random numbers each time.
         elements: floats that the call must read and write, each once.
         flops: multiplications and additions that cannot be left out.
+        rivals: by name, what one would call instead; its outputs are those of the op, or the first of them.
     """
 
     op: str
@@ -26,6 +27,12 @@ class OpCase:
     draw: Callable[[torch.dtype, str], Arguments]
     elements: int
     flops: int = 0
+    rivals: Mapping[str, Callable[..., object]] = dataclasses.field(default_factory=dict)
+
+    def bound(self, dtype: torch.dtype, bytes_per_s: float, flops_per_s: float) -> str:
+        """What the floor is made of."""
+        moved, multiplied = self.elements * dtype.itemsize / bytes_per_s, self.flops / flops_per_s
+        return "memory" if moved > multiplied else "arithmetic"
 
     def floor_seconds(self, dtype: torch.dtype, bytes_per_s: float, flops_per_s: float) -> float:
         """Time below which no implementation gets: memory traffic or arithmetic, whichever is more."""
@@ -57,7 +64,14 @@ def _linear_cases(rows: int, fan_in: int, fan_out: int, m: int) -> list[OpCase]:
         return _normal(dtype, device, (rows, fan_in), (rows, fan_in), (rows, fan_out))
 
     return [
-        OpCase("outer_sum", label, lambda t, d: (*two(t, d), offsets), ends + weight, dense),
+        OpCase(
+            "outer_sum",
+            label,
+            lambda t, d: (*two(t, d), offsets),
+            ends + weight,
+            dense,
+            {"torch.mm, no norms": _weight_gradient, "torch.mm, torch.bmm, norms": _gradient_and_norms},
+        ),
         OpCase(
             "outer_sqnorm",
             label,
@@ -71,8 +85,23 @@ def _linear_cases(rows: int, fan_in: int, fan_out: int, m: int) -> list[OpCase]:
             lambda t, d: (*three(t, d), offsets, False),
             rows * (2 * fan_in + 2 * fan_out),
             min(2 * grams, 2 * dense),
+            {"torch.bmm twice": _two_products},
         ),
     ]
+
+
+def _weight_gradient(a: Tensor, d: Tensor, _offsets: Sequence[int]) -> Tensor:
+    return d.mT @ a
+
+
+def _gradient_and_norms(a: Tensor, d: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    a_parts, d_parts = (x.unflatten(0, (len(offsets) - 1, -1)) for x in (a, d))
+    return d.mT @ a, torch.bmm(d_parts.mT, a_parts).float().square().sum((1, 2))
+
+
+def _two_products(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], _bias: bool) -> Tensor:
+    q, k, v = (x.unflatten(0, (len(offsets) - 1, -1)) for x in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.mT), v).flatten(0, 1)
 
 
 def _row_cases(rows: int, width: int, m: int) -> list[OpCase]:
@@ -128,12 +157,15 @@ CPU_CASES = [
     *_row_cases(512, 8192, 8),
 ]
 
-# GPT-2 small with 16 sequences of 512 tokens.
-GPU_CASES = [
-    *_linear_cases(8192, 768, 768, 8),
-    *_linear_cases(8192, 768, 2304, 8),
-    *_linear_cases(8192, 768, 3072, 32),
-    *_linear_cases(8192, 3072, 768, 32),
-    *_row_cases(8192, 768, 8),
-    *_row_cases(8192, 3072, 32),
-]
+
+def gpu_cases(shrink: int = 1) -> list[OpCase]:
+    """A large model's weight gradients, GPT-2 small's layers with 16 sequences of 512 tokens; rows divided by ``shrink``."""
+    return [
+        *_linear_cases(16384 // shrink, 4096, 4096, 16),
+        *_linear_cases(65536 // shrink, 1024, 1024, 64),
+        *_linear_cases(16384 // shrink, 1024, 1024, 32),
+        *_linear_cases(8192 // shrink, 768, 3072, 32),
+        *_linear_cases(4096 // shrink, 2048, 2048, 4096 // shrink),
+        *_row_cases(8192 // shrink, 768, 8),
+        *_row_cases(32768 // shrink, 4096, 32),
+    ]
