@@ -13,6 +13,7 @@ from fastreg.recording import Recorder
 from fastreg.session import Phase
 
 WEIGHT = 0.7
+EXACT = 1e-10
 
 
 def penalised(model: nn.Module, x: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +44,22 @@ def with_statistics(model: nn.Module, x: Tensor, y: Tensor, size: int) -> tuple[
     recorder.remove()
     parts = session.micro_batches.sizes(x.device, session.probe.dtype) / len(y)
     return gradients[-1] / parts.square(), torch.cat([g.flatten() for g in gradients[:-1]])
+
+
+def check_exact(model: nn.Module, x: Tensor, y: Tensor, size: int, check: bool = False) -> None:
+    """Norms and penalised gradient are those of plain torch."""
+    want_norms, want = penalised(model, x, y, size)
+    norms, gradient = regularized(model, x, y, size, check)
+    assert error(norms, want_norms) < EXACT
+    assert error(gradient, want) < EXACT
+
+
+def check_statistics(model: nn.Module, x: Tensor, y: Tensor, size: int) -> None:
+    """Norms that ride on a backward are those of plain torch, and leave its gradient alone."""
+    want_norms, _ = penalised(model, x, y, size)
+    norms, gradient = with_statistics(model, x, y, size)
+    assert error(norms, want_norms) < EXACT
+    assert error(gradient, flat_gradient(F.cross_entropy(model(x), y), model, x)) < EXACT
 
 
 def flat_gradient(loss: Tensor, model: nn.Module, x: Tensor) -> Tensor:

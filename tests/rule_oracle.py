@@ -108,6 +108,32 @@ def assert_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float
         assert float((g.to(w.dtype) - w).norm()) <= tolerance * max(float(w.norm()), floor)
 
 
+def check_exact(net: nn.Module, x: Tensor, size: int) -> None:
+    """Norms and gradients are those of the loop."""
+    assert_same(received(net, x, size), expected(net, x, size))
+
+
+def check_statistics(net: nn.Module, x: Tensor, size: int) -> None:
+    """Norms and gradients of the loss come from one backward."""
+    want = expected(net, x, size)
+    norms, gradients = statistics(net, x, size)
+    assert_close([norms], [want.norms])
+    assert_close(gradients, want.loss)
+
+
+def check_twice_differentiable(net: nn.Module, x: Tensor) -> None:
+    """Recorded operations differentiate twice without the norms too, as the numerical self-check does it."""
+    want = double_backward(net, x)
+    with recorded(net, len(x)):
+        assert_close(double_backward(net, x), want)
+
+
+def check_float32(net: nn.Module, x: Tensor, margin: float = 1) -> None:
+    """A float32 run is as good as float32 arithmetic lets a plain one be, within the margin."""
+    want, bound = expected(net, x, 2), margin * single_precision_error(net, x)
+    assert_same(received(net.float(), x.float(), 2), want, bound)
+
+
 def single_precision_error(net: nn.Module, x: Tensor) -> float:
     """A bound on the relative error of a float32 run: four sums in a row, of up to n products of random sign each."""
     longest = max(x.numel(), *(p.numel() for p in net.parameters()))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.micro_batches import MicroBatches
-from fastreg.recording import Recorder
 from fastreg.rules import conv_maps
 from fastreg.rules.conv_gram import PixelGrid
 from fastreg.rules.conv_pointwise import Pointwise
 from fastreg.session import Phase
+from rule_oracle import learned, recorded
 
 EXACT = 1e-10
 SAMPLES = 5
@@ -111,19 +110,6 @@ def build(name: str) -> tuple[Net, Tensor]:
         return net, torch.randn(SAMPLES, *shape, dtype=torch.float64)
 
 
-@contextlib.contextmanager
-def recorded(net: nn.Module, size: int) -> Iterator[Recorder]:
-    recorder = Recorder(net, size, net.parameters(), lambda: True)
-    try:
-        yield recorder
-    finally:
-        recorder.remove()
-
-
-def trained(net: nn.Module, x: Tensor) -> list[Tensor]:
-    return [t for t in (*net.parameters(), x) if t.requires_grad]
-
-
 def expected(net: nn.Module, x: Tensor, size: int) -> tuple[Tensor, list[Tensor]]:
     """Squared norms [m] and the gradient of their sum, the loss being the mean over all samples."""
     parameters = [p for p in net.parameters() if p.requires_grad]
@@ -131,7 +117,7 @@ def expected(net: nn.Module, x: Tensor, size: int) -> tuple[Tensor, list[Tensor]
     for rows in x.split(size):
         loss = net(rows).sum() / len(x)
         norms.append(sum(g.square().sum() for g in torch.autograd.grad(loss, parameters, create_graph=True)))
-    return torch.stack(norms).detach(), list(torch.autograd.grad(sum(norms), trained(net, x)))
+    return torch.stack(norms).detach(), list(torch.autograd.grad(sum(norms), learned(net, x)))
 
 
 def received(net: nn.Module, x: Tensor, size: int) -> tuple[Tensor, list[Tensor]]:
@@ -141,7 +127,7 @@ def received(net: nn.Module, x: Tensor, size: int) -> tuple[Tensor, list[Tensor]
         session = recorder.session
         with session.during(Phase.CHAIN):
             (norms,) = torch.autograd.grad(loss, session.probe, create_graph=True)
-        return norms.detach(), list(torch.autograd.grad(norms.sum(), trained(net, x)))
+        return norms.detach(), list(torch.autograd.grad(norms.sum(), learned(net, x)))
 
 
 def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float = EXACT) -> None:

@@ -14,13 +14,13 @@ from fastreg.rules.affine import Scale
 from rule_oracle import (
     PerSample,
     assert_close,
-    assert_same,
-    double_backward,
+    check_exact,
+    check_float32,
+    check_statistics,
+    check_twice_differentiable,
     expected,
     received,
     recorded,
-    single_precision_error,
-    statistics,
 )
 
 SAMPLES = 5
@@ -116,33 +116,26 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 def test_norms_and_gradients(name: str, size: int) -> None:
     net, x = build(name)
     x.requires_grad_()
-    assert_same(received(net, x, size), expected(net, x, size))
+    check_exact(net, x, size)
 
 
 @pytest.mark.parametrize("size", [1, 2, SAMPLES])
 @pytest.mark.parametrize("name", USES)
 def test_statistics_ride_on_the_backward(name: str, size: int) -> None:
     net, x = build(name)
-    want = expected(net, x, size)
-    norms, gradients = statistics(net, x, size)
-    assert_close([norms], [want.norms])
-    assert_close(gradients, want.loss)
+    check_statistics(net, x, size)
 
 
 @pytest.mark.parametrize("name", USES)
 def test_recorded_operations_differentiate_twice(name: str) -> None:
-    """Without the norms, as the numerical self-check does it."""
     net, x = build(name)
-    want = double_backward(net, x.requires_grad_())
-    with recorded(net, SAMPLES):
-        assert_close(double_backward(net, x), want)
+    check_twice_differentiable(net, x.requires_grad_())
 
 
 @pytest.mark.parametrize("name", ["mul", "add", "class_token", "prelu_channels", "mul_middle"])
 def test_float32_is_as_good_as_its_plain_form(name: str) -> None:
     net, x = build(name)
-    want = expected(net, x, 2)
-    assert_same(received(net.float(), x.float(), 2), want, single_precision_error(net, x))
+    check_float32(net, x)
 
 
 @pytest.mark.parametrize("frozen", ["layers.0", "layers.1", "layers.3"])
@@ -151,14 +144,14 @@ def test_frozen_parameters_and_constant_input(name: str, frozen: str) -> None:
     net, x = build(name)
     for parameter_name, parameter in net.named_parameters():
         parameter.requires_grad_(not parameter_name.startswith(frozen))
-    assert_same(received(net, x, 2), expected(net, x, 2))
+    check_exact(net, x, 2)
 
 
 def test_rows_folded_into_the_batch() -> None:
     """Tokens as rows [B * T, D] keep their samples: T rows each."""
     net = net_of(lambda x, w: (x.reshape(-1, 3) * w).view_as(x), 3).double()
     x = torch.randn(SAMPLES, 4, 3, dtype=torch.float64)
-    assert_same(received(net, x, 2), expected(net, x, 2))
+    check_exact(net, x, 2)
 
 
 @pytest.mark.parametrize("use", [
@@ -176,7 +169,7 @@ def test_a_masked_weight_with_a_multiple_of_the_samples() -> None:
     mask = torch.bernoulli(torch.full((2 * SAMPLES, 3), 0.5, dtype=torch.float64))
     net = net_of(lambda x, w: F.linear(x, w * mask)[..., :3], 2 * SAMPLES, 3).double()
     x = torch.randn(SAMPLES, 4, 3, dtype=torch.float64)
-    assert_same(received(net, x, 2), expected(net, x, 2))
+    check_exact(net, x, 2)
 
 
 def test_prelu_at_zero() -> None:
