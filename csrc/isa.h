@@ -1,5 +1,5 @@
 // Compiles one body once per instruction set, each time with the register tile that fits it, and picks one at run
-// time. target_clones would give every set the tile of the widest, and spill.
+// time.
 #pragma once
 
 #include "gemm.h"
@@ -11,24 +11,11 @@ namespace fastreg {
 template <class T, class Body, class... Args>
 struct PerIsa {
   using Run = void (*)(Args...);
-#if FASTREG_HAS_CLONES
-  __attribute__((target("arch=x86-64-v4"))) static void v4(Args... args) {
-    Body::template run<Gemm<T, 64, 12>>(args...);
-  }
-  __attribute__((target("arch=x86-64-v3"))) static void v3(Args... args) {
-    Body::template run<Gemm<T, 32, 6>>(args...);
-  }
-#endif
+  FASTREG_V4 static void v4(Args... args) { Body::template run<Gemm<T, 64, 12>>(args...); }
+  FASTREG_V3 static void v3(Args... args) { Body::template run<Gemm<T, 32, 6>>(args...); }
   static void base(Args... args) { Body::template run<Gemm<T, 16, 6>>(args...); }
 
-  static Run best() {
-#if FASTREG_HAS_CLONES
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) return v4;
-    if (__builtin_cpu_supports("x86-64-v3")) return v3;
-#endif
-    return base;
-  }
+  static Run best() { return for_this_machine(v4, v3, base); }
 };
 
 }  // namespace fastreg

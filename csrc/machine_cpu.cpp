@@ -6,14 +6,7 @@
 
 namespace fastreg {
 
-const char* isa() {
-#if FASTREG_HAS_CLONES
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
-#endif
-  return "default";
-}
+const char* isa() { return for_this_machine("x86-64-v4", "x86-64-v3", "default"); }
 
 int max_threads() {
 #ifdef _OPENMP

@@ -99,7 +99,6 @@ struct Tile {
 };
 
 // One tile shape per instruction set: as many accumulators as its registers hold beside the operands.
-// target_clones would give every set the shape of the widest, and spill.
 template <class T>
 struct Shape {
   int height;
@@ -115,16 +114,14 @@ Shape<T> shape_of(void (*run)(const TileTask<T>&)) {
   return {HEIGHT, width, pack<width, T>, pack<HEIGHT, T>, run};
 }
 
-#if FASTREG_HAS_CLONES
 template <class T>
-__attribute__((target("arch=x86-64-v4"))) void tile_v4(const TileTask<T>& task) {
+FASTREG_V4 void tile_v4(const TileTask<T>& task) {
   Tile<T, 64, 12>::run(task);
 }
 template <class T>
-__attribute__((target("arch=x86-64-v3"))) void tile_v3(const TileTask<T>& task) {
+FASTREG_V3 void tile_v3(const TileTask<T>& task) {
   Tile<T, 32, 6>::run(task);
 }
-#endif
 template <class T>
 void tile_base(const TileTask<T>& task) {
   Tile<T, 16, 6>::run(task);
@@ -132,12 +129,8 @@ void tile_base(const TileTask<T>& task) {
 
 template <class T>
 Shape<T> shape_for_this_machine() {
-#if FASTREG_HAS_CLONES
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return shape_of<T, 64, 12>(tile_v4<T>);
-  if (__builtin_cpu_supports("x86-64-v3")) return shape_of<T, 32, 6>(tile_v3<T>);
-#endif
-  return shape_of<T, 16, 6>(tile_base<T>);
+  return for_this_machine(shape_of<T, 64, 12>(tile_v4<T>), shape_of<T, 32, 6>(tile_v3<T>),
+                          shape_of<T, 16, 6>(tile_base<T>));
 }
 
 }  // namespace fastreg
