@@ -9,18 +9,21 @@ from torch import Tensor
 
 from fastreg.kernels._checks import check_floats, check_offsets, check_shape, check_untracked
 from fastreg.kernels._examples import OFFSETS, normal
+from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.outer_sqnorm import native, reference
 
 
 def examples(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
-    """Every segmentation, with sizes on each side of the choice of form."""
+    """Every segmentation, with sizes on each side of the choice of form; segments one row past a block."""
     draw = normal(dtype, device)
     cases: list[tuple[object, ...]] = []
     for offsets in OFFSETS:
         for inputs, outputs in ((1, 1), (3, 7), (16, 32), (37, 5)):
             rows = offsets[-1]
             cases.append((draw(rows, inputs), draw(rows, outputs), list(offsets), len(cases) % 2 == 0))
+    for inputs, outputs in ((440, 450), (65, 130)):
+        cases.append((draw(134, inputs), draw(134, outputs), [0, 129, 129, 134], True))
     return cases
 
 
@@ -29,7 +32,7 @@ OP = Op(
     schema="(Tensor a, Tensor d, int[] offsets, bool bias) -> Tensor",
     reference=reference.outer_sqnorm,
     examples=examples,
-    implementations=(native.IMPLEMENTATION,),
+    implementations=(implementation("outer_sqnorm"), native.IMPLEMENTATION),
 )
 
 

@@ -9,17 +9,23 @@ from torch import Tensor
 
 from fastreg.kernels._checks import check_floats, check_offsets, check_shape, check_untracked
 from fastreg.kernels._examples import OFFSETS, normal
+from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.outer_sum import native, reference
 
 
 def examples(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
-    """Every segmentation, with sizes that fill, miss and overrun a register tile."""
+    """Every segmentation, with sizes that fill, miss and overrun a register tile or one of a GPU's, and many tiles."""
     draw = normal(dtype, device)
-    return [
+    small = [
         (draw(offsets[-1], inputs), draw(offsets[-1], outputs), list(offsets))
         for offsets in OFFSETS
         for inputs, outputs in ((1, 1), (3, 7), (32, 8), (67, 13), (5, 37))
+    ]
+    return [
+        *small,
+        (draw(130, 130), draw(130, 70), [0, 65, 65, 130]),
+        (draw(65, 70), draw(65, 600), [0, 65]),
     ]
 
 
@@ -28,7 +34,7 @@ OP = Op(
     schema="(Tensor a, Tensor d, int[] offsets) -> (Tensor, Tensor)",
     reference=reference.outer_sum,
     examples=examples,
-    implementations=(native.IMPLEMENTATION,),
+    implementations=(implementation("outer_sum"), native.IMPLEMENTATION),
 )
 
 
