@@ -10,6 +10,7 @@
 
 #include "affine_sqnorm.h"
 #include "attention.h"
+#include "cross_entropy.h"
 #include "gelu_double_backward.h"
 #include "index_sqnorm.h"
 #include "machine.h"
@@ -139,6 +140,31 @@ void bind_norm_affine(py::module_& m, const std::string& suffix) {
         Unlocked());
 }
 
+template <class T>
+void bind_cross_entropy(py::module_& m, const std::string& suffix) {
+  m.def(("cross_entropy" + suffix).c_str(),
+        [](const std::array<Address, 3>& in, const std::array<Address, 4>& out, Size rows, Size classes,
+           std::int64_t seed, std::int64_t draw, int threads) {
+          cross_entropy<T>({at<T>(in[0]), int64_at(in[1]), at<T>(in[2]), at<T>(out[0]), at<T>(out[1]),
+                            at<std::int64_t>(out[2]), at<T>(out[3]), rows, classes, static_cast<std::uint64_t>(seed),
+                            static_cast<std::uint64_t>(draw), threads});
+        },
+        Unlocked());
+  m.def(("cross_entropy_backward" + suffix).c_str(),
+        [](const std::array<Address, 4>& in, Address dz, Size rows, Size classes, int threads) {
+          cross_entropy_backward<T>({at<T>(in[0]), at<T>(in[1]), int64_at(in[2]), at<T>(in[3]), at<T>(dz), rows,
+                                     classes, threads});
+        },
+        Unlocked());
+  m.def(("cross_entropy_double_backward" + suffix).c_str(),
+        [](const std::array<Address, 5>& in, const std::array<Address, 2>& out, Size rows, Size classes,
+           int threads) {
+          cross_entropy_double_backward<T>({at<T>(in[0]), at<T>(in[1]), int64_at(in[2]), at<T>(in[3]), at<T>(in[4]),
+                                            at<T>(out[0]), at<T>(out[1]), rows, classes, threads});
+        },
+        Unlocked());
+}
+
 // (address, sample stride, head stride, row stride), strides in numbers.
 using Strided = std::array<std::int64_t, 4>;
 
@@ -185,6 +211,7 @@ void bind_ops(py::module_& m, const std::string& suffix) {
   bind_normalize<T>(m, suffix);
   bind_norm_affine<T>(m, suffix);
   bind_attention<T>(m, suffix);
+  bind_cross_entropy<T>(m, suffix);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 Public functions check their arguments and call a private torch operator; they are not
 differentiable. Letters: S rows, m segments, I inputs, O outputs, C channels, P places, R rows of a
-normalisation, N features of a row.
+normalisation, N features of a row; R rows and C classes of a cross entropy.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ from fastreg.kernels._registry import (
 )
 from fastreg.kernels.affine_sqnorm import affine_sqnorm
 from fastreg.kernels.attention import attention_backward, attention_double_backward
+from fastreg.kernels.cross_entropy import (
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_double_backward,
+    cross_entropy_gradient,
+    cross_entropy_gradient_,
+)
 from fastreg.kernels.gelu_double_backward import gelu_double_backward
 from fastreg.kernels.index_sqnorm import index_sqnorm
 from fastreg.kernels.norm_affine import norm_affine, norm_affine_backward, norm_affine_double_backward
@@ -42,6 +49,11 @@ __all__ = [
     "attention_backward",
     "attention_double_backward",
     "backend",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_double_backward",
+    "cross_entropy_gradient",
+    "cross_entropy_gradient_",
     "explain",
     "gelu_double_backward",
     "index_sqnorm",

@@ -20,15 +20,15 @@ LAYERS = (
     ("fastreg._C", "fastreg._cuda", "fastreg.errors", "fastreg._version"),
     ("fastreg.kernels",),
     ("fastreg.micro_batches", "fastreg.loss"),
-    ("fastreg.normalize", "fastreg.attention", "fastreg.fused_attention"),
+    ("fastreg.normalize", "fastreg.cross_entropy", "fastreg.attention", "fastreg.fused_attention"),
     ("fastreg.session", "fastreg.rules", "fastreg.recording"),
     ("fastreg.attach", "fastreg.chain", "fastreg.graph_walk"),
     ("fastreg.penalties",),
     ("fastreg.self_check", "fastreg.stats", "fastreg.regularizer"),
     ("fastreg.check",),
     ("fastreg", "fastreg.models"),
-    ("fastreg.recipes", "fastreg.benchmark", "fastreg.kernel_report"),
-    ("fastreg.environment", "fastreg.check_cli", "fastreg.cli"),
+    ("fastreg.kernel_report",),
+    ("fastreg.recipes", "fastreg.benchmark", "fastreg.environment", "fastreg.check_cli", "fastreg.cli"),
 )
 
 

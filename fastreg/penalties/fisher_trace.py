@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastreg.cross_entropy import drawn_cross_entropy
 from fastreg.errors import FastregError
 from fastreg.penalties.base import Penalty, Step
 
@@ -26,8 +26,10 @@ class FisherTrace(Penalty):
 
     Args:
         weight: the coefficient of R.
-        seed: seed of the label draw; None takes it from ``torch.initial_seed()``. The draw has its own generator:
-            torch's global one is not advanced.
+        seed: seed of the label draw; None takes it from ``torch.initial_seed()`` at the first draw. Labels are a
+            function of the logits, the seed and the number of draws so far: they repeat on any device, and torch's
+            global generator is not advanced. Data-parallel ranks of one seed draw with the same random numbers, which
+            leaves the mean over ranks unbiased; give each rank a seed of its own to make them independent.
         class_dim: the dimension of ``outputs`` that holds the classes.
 
     Attributes:
@@ -49,29 +51,29 @@ class FisherTrace(Penalty):
     seed: int | None = None
     class_dim: int = -1
     last_labels: Tensor | None = field(default=None, init=False, repr=False)
-    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+    _stream: int | None = field(default=None, init=False, repr=False)
+    _draws: int = field(default=0, init=False, repr=False)
     name: ClassVar[str] = "fisher_trace"
 
     def value(self, step: Step) -> Tensor:
         logits = _logits(step, self.class_dim)
-        self.last_labels = labels = sample_labels(logits.detach(), self._draws(logits.device))
-        total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
-        return step.mean(step.sq_norms_of(total, labels.numel() // step.session.micro_batches.samples))
+        losses, labels = drawn_cross_entropy(logits.flatten(0, -2), self._seed(), self._draws)
+        self._draws += 1
+        self.last_labels = labels.view(logits.shape[:-1])
+        return step.mean(step.sq_norms_of(losses.sum(), labels.numel() // step.session.micro_batches.samples))
 
-    def _draws(self, device: torch.device) -> torch.Generator:
-        if self._generator is None or self._generator.device.type != device.type:
-            seed = torch.initial_seed() if self.seed is None else self.seed
-            self._generator = torch.Generator(device).manual_seed(seed)
-        return self._generator
+    def _seed(self) -> int:
+        """The seed in use, fixed from the first time it is asked for."""
+        if self._stream is None:
+            # Torch's seeds have 64 bits, an operator's integers 63 and a sign.
+            self._stream = (torch.initial_seed() if self.seed is None else self.seed) % 2**63
+        return self._stream
 
     def state_dict(self) -> dict[str, object]:
-        generator = self._generator
-        return {} if generator is None else {"generator": generator.get_state(), "device": generator.device.type}
+        return {"seed": self._seed(), "draws": self._draws}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        if "generator" in state:
-            self._generator = torch.Generator(state["device"])
-            self._generator.set_state(state["generator"])
+        self._stream, self._draws = state["seed"], state["draws"]
 
 
 def sample_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
