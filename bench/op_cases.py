@@ -146,6 +146,31 @@ def _row_cases(rows: int, width: int, m: int) -> list[OpCase]:
     ]
 
 
+def _cross_entropy_cases(rows: int, classes: int) -> list[OpCase]:
+    """A softmax head on ``rows`` predictions: with a draw, with its gradient, and the two derivatives."""
+    label, size = f"R={rows} C={classes}", rows * classes
+
+    def head(dtype: torch.dtype, device: str, *later: object) -> Arguments:
+        return (*_normal(dtype, device, (rows, classes)), None, *later, 1, 2)
+
+    def derivative(dtype: torch.dtype, device: str, extra: int) -> Arguments:
+        z, *others = _normal(dtype, device, *[(rows, classes)] * (1 + extra))
+        labels = torch.randint(classes, (rows,), device=device)
+        return (z, z.float().logsumexp(1), labels, torch.rand(rows, device=device), *others)
+
+    return [
+        OpCase("cross_entropy", label, head, size),
+        OpCase(
+            "cross_entropy_gradient",
+            label,
+            lambda t, d: head(t, d, torch.rand(rows, device=d)),
+            2 * size,
+        ),
+        OpCase("cross_entropy_backward", label, lambda t, d: derivative(t, d, 0), 2 * size),
+        OpCase("cross_entropy_double_backward", label, lambda t, d: derivative(t, d, 1), 3 * size),
+    ]
+
+
 # A small GPT's layers, an MLP's hidden layer sample by sample, and a norm over an image's pixels.
 CPU_CASES = [
     *_linear_cases(1024, 256, 256, 8),
@@ -155,6 +180,7 @@ CPU_CASES = [
     *_linear_cases(256, 512, 512, 256),
     *_row_cases(1024, 256, 8),
     *_row_cases(512, 8192, 8),
+    *_cross_entropy_cases(1024, 1024),
 ]
 
 
@@ -168,4 +194,8 @@ def gpu_cases(shrink: int = 1) -> list[OpCase]:
         *_linear_cases(4096 // shrink, 2048, 2048, 4096 // shrink),
         *_row_cases(8192 // shrink, 768, 8),
         *_row_cases(32768 // shrink, 4096, 32),
+        *_cross_entropy_cases(8192 // shrink, 32768),
+        *_cross_entropy_cases(8192 // shrink, 131072),
+        *_cross_entropy_cases(4096 // shrink, 50257),
+        *_cross_entropy_cases(65536 // shrink, 48),
     ]
