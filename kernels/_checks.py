@@ -56,6 +56,12 @@ def check_shape(
     _fail(function, argument, f"{names} = [{sizes}]", list(actual), "shapes are listed in the docstring")
 
 
+def check_dtype(function: str, argument: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Of this dtype."""
+    if tensor.dtype != dtype:
+        _fail(function, argument, str(dtype), tensor.dtype, "cast it first")
+
+
 def check_index(function: str, argument: str, index: Tensor, data: Tensor) -> None:
     """int64, on the device of the data it indexes."""
     if index.dtype != torch.int64 or index.device != data.device:

@@ -110,6 +110,12 @@ class Segments:
         joined = flat[0] if len(flat) == 1 else torch.cat(flat)
         return joined if self.in_order else _scattered(joined, self._rows())
 
+    def spread(self, values: Tensor) -> Tensor:
+        """``[m, ...]`` to ``[S, ...]``: every row gets its segment's entry."""
+        if len(self.groups) == 1:
+            return values.repeat_interleave(self.groups[0].size, 0)
+        return values[self.segment_of_row(values.device)]
+
     def segment_of_row(self, device: torch.device) -> Tensor:
         """``[S]`` int64: the segment each row lies in."""
         lengths = torch.tensor([stop - start for start, stop in pairwise(self.offsets)], device=device)

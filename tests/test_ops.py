@@ -181,8 +181,8 @@ LARGE: dict[str, list[tuple[object, ...]]] = {
         (normal(600, 200), normal(600, 300), list(range(0, 601, 6)), True),
     ],
     "outer_apply": [
-        (normal(600, 200), normal(600, 200), normal(600, 70), list(range(0, 601, 6)), True),
-        (normal(1425, 30), normal(1425, 30), normal(1425, 45), UNEVEN, False),
+        (normal(600, 200), normal(600, 200), normal(600, 70), list(range(0, 601, 6)), True, None, None),
+        (normal(1425, 30), normal(1425, 30), normal(1425, 45), UNEVEN, False, None, None),
     ],
     "affine_sqnorm": [
         (normal(1425, 700, 1), normal(1425, 700, 1), UNEVEN),

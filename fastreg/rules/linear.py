@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
 from fastreg.kernels import explain, outer_apply, outer_sqnorm, outer_sum, segment_dot
+from fastreg.kernels._checks import accumulator
 from fastreg.micro_batches import MicroBatches
 from fastreg.rules.bilinear import Bilinear, Parts, Rows
 from fastreg.rules.registry import route
@@ -50,7 +51,7 @@ class Linear(Bilinear):
         if not _quadratic(x, y, cut):
             return "dense"
         a, e = rows_of(x), rows_of(y)
-        candidates = explain("outer_apply", a, a, e, cut.offsets(a.shape[0]), False)
+        candidates = explain("outer_apply", a, a, e, cut.offsets(a.shape[0]), False, None, None)
         return f"quadratic ({next(c.name for c in candidates if c.chosen)})"
 
     def rows(self, x: Tensor, d: Tensor) -> Rows:
@@ -73,16 +74,18 @@ class Linear(Bilinear):
         # sum_s e_s . tangent_s is ||G_k||^2
         return segment_dot(e, tangent, offsets), tangent.view(d.shape), None
 
-    def push(self, x: Tensor, d: Tensor, memo: Tensor | None, cut: MicroBatches) -> Tensor:
+    def scaled_push(
+        self, x: Tensor, d: Tensor, memo: Tensor | None, factors: Tensor, cut: MicroBatches
+    ) -> Tensor:
         if memo is not None:
-            return self.dense_push(d, memo, x, cut)
+            return super().scaled_push(x, d, memo, factors, cut)
         a, e = rows_of(x), rows_of(d)
-        return outer_apply(e, e, a, cut.offsets(a.shape[0]), False).view(x.shape)
+        factors = factors.to(accumulator(a.dtype))
+        return outer_apply(e, e, a, cut.offsets(a.shape[0]), factors=factors).view(x.shape)
 
     def outer_with_norms(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
         a, e = rows_of(x), rows_of(d)
         return outer_sum(a, e, cut.offsets(a.shape[0]))
-
 
     def with_norms(
         self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches

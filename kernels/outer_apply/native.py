@@ -10,6 +10,7 @@ from torch import Tensor
 from fastreg.kernels import _native
 from fastreg.kernels._registry import Implementation
 from fastreg.kernels._segments import of
+from fastreg.kernels.outer_apply.reference import added
 
 _CALLS = _native.calls("outer_apply")
 
@@ -20,8 +21,10 @@ LONGEST = 64
 LONGEST_SYMMETRIC = 256
 
 
-def outer_apply(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], bias: bool) -> Tensor:
-    """``q [S, I], k [S, I], v [S, O] -> out [S, O]``."""
+def outer_apply(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], bias: bool, factors: Tensor | None, onto: Tensor | None
+) -> Tensor:
+    """``q [S, I], k [S, I], v [S, O], factors [m], onto [S, O] -> out [S, O]``."""
     # The symmetric case is told by identity.
     same = q.data_ptr() == k.data_ptr() and q.stride() == k.stride()
     q, v, found = q.contiguous(), v.contiguous(), of(offsets)
@@ -31,10 +34,10 @@ def outer_apply(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], bias: b
         q.data_ptr(), k.data_ptr(), v.data_ptr(), found.pointer, out.data_ptr(),
         q.shape[1], v.shape[1], found.count, bias, torch.get_num_threads(),
     )  # fmt: skip
-    return out
+    return added(out, found, factors, onto)
 
 
-def slower(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], _bias: bool) -> str | None:
+def slower(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], *_rest: object) -> str | None:
     """The measured reason to leave a call to the reference, or None."""
     symmetric = q.data_ptr() == k.data_ptr() and q.shape[1] >= v.shape[1]
     longest = LONGEST_SYMMETRIC if symmetric else LONGEST

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels._checks import accumulator
-from fastreg.kernels._segments import of
+from fastreg.kernels._segments import Segments, of
 
 
 def prefers_quadratic(size: int, inputs: int, outputs: int) -> bool:
@@ -40,9 +40,34 @@ def equal_segments(q: Tensor, k: Tensor, v: Tensor, bias: bool) -> Tensor:
     return state(q, k, v, bias)
 
 
-def outer_apply(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], bias: bool) -> Tensor:
-    """``q [S, I], k [S, I], v [S, O] -> out [S, O]``."""
+def by_states(
+    q: Tensor, k: Tensor, v: Tensor, found: Segments, bias: bool, factors: Tensor | None, onto: Tensor | None
+) -> Tensor:
+    """:func:`outer_apply` through the states of the segments; bfloat16 products are multiplied as such."""
+    wide = accumulator(q.dtype)
+    # The sums of a state leave the range of float16.
+    narrow = wide if q.dtype == torch.float16 else q.dtype
+    parts = zip(*(found.split(x.to(narrow)) for x in (q, k, v)), strict=True)
+    out = found.per_row([torch.bmm(qs, torch.bmm(ks.mT, vs)) for qs, ks, vs in parts]).to(wide)
+    if bias:
+        sums = [part.sum(1, keepdim=True, dtype=wide).expand(part.shape) for part in found.split(v)]
+        out += found.per_row(sums)
+    return added(out, found, factors, onto).to(v.dtype)
+
+
+def added(out: Tensor, found: Segments, factors: Tensor | None, onto: Tensor | None) -> Tensor:
+    """``onto + factors_k * out``, either of which may be missing; ``out`` is overwritten."""
+    if factors is not None:
+        out *= found.spread(factors.to(out.dtype)).unsqueeze(1)
+    return out if onto is None else out.add_(onto)
+
+
+def outer_apply(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], bias: bool, factors: Tensor | None, onto: Tensor | None
+) -> Tensor:
+    """``q [S, I], k [S, I], v [S, O], factors [m], onto [S, O] -> out [S, O]``."""
     dtype = accumulator(q.dtype)
     found = of(offsets)
     parts = zip(*(found.split(x.to(dtype)) for x in (q, k, v)), strict=True)
-    return found.per_row([equal_segments(*part, bias) for part in parts]).to(v.dtype)
+    out = found.per_row([equal_segments(*part, bias) for part in parts])
+    return added(out, found, factors, onto).to(v.dtype)
