@@ -39,6 +39,7 @@ from fastreg.kernels.outer_apply import outer_apply
 from fastreg.kernels.outer_sqnorm import outer_sqnorm
 from fastreg.kernels.outer_sum import outer_sum
 from fastreg.kernels.segment_dot import segment_dot
+from fastreg.kernels.segment_sum import segment_sum
 
 __all__ = [
     "BACKENDS",
@@ -68,4 +69,5 @@ __all__ = [
     "outer_sum",
     "registry",
     "segment_dot",
+    "segment_sum",
 ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
-from fastreg.kernels import explain, outer_apply, outer_sqnorm, outer_sum, segment_dot
+from fastreg.kernels import explain, outer_apply, outer_sqnorm, outer_sum, segment_dot, segment_sum
 from fastreg.kernels._checks import accumulator
 from fastreg.micro_batches import MicroBatches
 from fastreg.rules.bilinear import Bilinear, Parts, Rows
@@ -36,6 +36,10 @@ class Linear(Bilinear):
 
     def bias_total(self, d: Tensor, bias: Tensor) -> Tensor:
         return rows_of(d).sum(0)
+
+    def bias_dense(self, d: Tensor, bias: Tensor, cut: MicroBatches) -> Tensor:
+        rows = rows_of(d)
+        return segment_sum(rows, cut.offsets(rows.shape[0])).to(d.dtype)
 
     def dense(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> Tensor:
         return cut.fold(lambda a, e: torch.bmm(e.mT, a), rows_of(x), rows_of(d))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastreg.kernels._checks import check_floats, check_shape, check_untracked
 from fastreg.kernels._examples import normal
+from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.gelu_double_backward import native, reference
 
@@ -27,7 +28,7 @@ OP = Op(
     schema="(Tensor x, Tensor d, Tensor v, bool approximate) -> (Tensor, Tensor)",
     reference=reference.gelu_double_backward,
     examples=examples,
-    implementations=(native.IMPLEMENTATION,),
+    implementations=(implementation("gelu_double_backward"), native.IMPLEMENTATION),
 )
 
 

@@ -20,14 +20,17 @@ def exact_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tanh_derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of ``x (1 + tanh u) / 2``, ``u = sqrt(2/pi) (x + 0.044715 x^3)``."""
-    rate = math.sqrt(2 / math.pi)
-    t = torch.tanh(rate * (x + CUBIC * x.pow(3)))
-    slope = rate * (1 + 3 * CUBIC * x.square())
-    bend = 6 * rate * CUBIC * x
-    t_slope = (1 - t.square()) * slope
-    t_bend = (1 - t.square()) * bend - 2 * t * t_slope * slope
-    return 0.5 * (1 + t + x * t_slope), t_slope + 0.5 * x * t_bend
+    """First and second derivative of ``x sigma(w)``, ``w = 2 sqrt(2/pi) (x + 0.044715 x^3)``.
+
+    That is ``x (1 + tanh(w / 2)) / 2`` without the difference that cancels for negative ``x``.
+    """
+    rate = 2 * math.sqrt(2 / math.pi)
+    w = rate * (x + CUBIC * x.pow(3))
+    sigma, complement = torch.sigmoid(w), torch.sigmoid(-w)
+    slope, bend = rate * (1 + 3 * CUBIC * x.square()), 6 * rate * CUBIC * x
+    sigma_slope = sigma * complement
+    second = sigma_slope * (2 * slope + x * (bend + slope.square() * (complement - sigma)))
+    return sigma + x * sigma_slope * slope, second
 
 
 def gelu_double_backward(x: Tensor, d: Tensor, v: Tensor, approximate: bool) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from fastreg.kernels._checks import (
     check_untracked,
 )
 from fastreg.kernels._examples import OFFSETS, normal
+from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.index_sqnorm import native, reference
 
@@ -23,13 +24,14 @@ def examples(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
     """Every segmentation, with few indices (many repeats), many, and one."""
     draw = normal(dtype, device)
     generator = torch.Generator().manual_seed(0)
+    # The last segmentation has runs over several blocks of rows.
     return [
         (
             torch.randint(0, size, (offsets[-1],), generator=generator).to(device),
             draw(offsets[-1], width),
             list(offsets),
         )
-        for offsets in OFFSETS
+        for offsets in (*OFFSETS, (0, 10, 130, 200))
         for size, width in ((1, 1), (3, 17), (1000, 32))
     ]
 
@@ -39,7 +41,7 @@ OP = Op(
     schema="(Tensor index, Tensor d, int[] offsets) -> (Tensor, Tensor)",
     reference=reference.index_sqnorm,
     examples=examples,
-    implementations=(native.IMPLEMENTATION,),
+    implementations=(implementation("index_sqnorm"), native.IMPLEMENTATION),
 )
 
 
