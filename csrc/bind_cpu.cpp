@@ -14,6 +14,7 @@
 #include "gelu_double_backward.h"
 #include "index_sqnorm.h"
 #include "machine.h"
+#include "multi_tensor_cpu.h"
 #include "norm_affine.h"
 #include "normalize.h"
 #include "outer_apply.h"
@@ -194,6 +195,34 @@ void bind_attention(py::module_& m, const std::string& suffix) {
         Unlocked());
 }
 
+// addresses, chunks, bounds; then tensors and chunks.
+TensorLists lists_of(const std::array<Address, 3>& tables, Size tensors, Size count) {
+  return {int64_at(tables[0]), at<const Chunk>(tables[1]), int64_at(tables[2]), tensors, count};
+}
+
+// The constants of a rule are its fields, in order.
+template <template <class> class Rule, class T, class... Constants>
+void bind_rule(py::module_& m, const std::string& name) {
+  m.def(name.c_str(),
+        [](const std::array<Address, 3>& tables, Size tensors, Size count, Address coefficients, Address sums,
+           int threads, Constants... constants) {
+          multi_tensor(Rule<T>{static_cast<T>(constants)...}, lists_of(tables, tensors, count),
+                       at<const T>(coefficients), at<T>(sums), threads);
+        },
+        Unlocked());
+}
+
+template <class T>
+void bind_multi_tensor(py::module_& m, const std::string& suffix) {
+  using D = double;
+  bind_rule<SqNorm, T>(m, "multi_sqnorm" + suffix);
+  bind_rule<Dot, T>(m, "multi_dot" + suffix);
+  bind_rule<Axpy, T>(m, "multi_axpy" + suffix);
+  bind_rule<Sgd, T, D, D, D>(m, "multi_sgd" + suffix);
+  bind_rule<SgdMomentum, T, D, D, D, D, D, D, D>(m, "multi_sgd_momentum" + suffix);
+  bind_rule<AdamW, T, D, D, D, D, D, D, D>(m, "multi_adamw" + suffix);
+}
+
 void bind_gelu(py::module_& m) {
   m.def("gelu_double_backward_f32",
         [](Address x, Address d, Address v, Address grad_d, Address grad_x, Size size, bool approximate,
@@ -212,6 +241,7 @@ void bind_ops(py::module_& m, const std::string& suffix) {
   bind_norm_affine<T>(m, suffix);
   bind_attention<T>(m, suffix);
   bind_cross_entropy<T>(m, suffix);
+  bind_multi_tensor<T>(m, suffix);
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ from fastreg.kernels.cross_entropy import (
 )
 from fastreg.kernels.gelu_double_backward import gelu_double_backward
 from fastreg.kernels.index_sqnorm import index_sqnorm
+from fastreg.kernels.multi_tensor import adamw_step_, multi_axpy_, multi_dot, multi_sqnorm, sgd_step_
 from fastreg.kernels.norm_affine import norm_affine, norm_affine_backward, norm_affine_double_backward
 from fastreg.kernels.normalize import normalize, normalize_backward, normalize_double_backward
 from fastreg.kernels.outer_apply import outer_apply
@@ -46,6 +47,7 @@ __all__ = [
     "Candidate",
     "Implementation",
     "Op",
+    "adamw_step_",
     "affine_sqnorm",
     "attention_backward",
     "attention_double_backward",
@@ -58,6 +60,9 @@ __all__ = [
     "explain",
     "gelu_double_backward",
     "index_sqnorm",
+    "multi_axpy_",
+    "multi_dot",
+    "multi_sqnorm",
     "norm_affine",
     "norm_affine_backward",
     "norm_affine_double_backward",
@@ -70,4 +75,5 @@ __all__ = [
     "registry",
     "segment_dot",
     "segment_sum",
+    "sgd_step_",
 ]

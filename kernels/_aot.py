@@ -129,7 +129,8 @@ def _requests(ops: list[str] | None) -> list[_Request]:
                     getattr(module, name)(*args)
                 for launched in launches:
                     request = _request(name, dtype, launched)
-                    found.setdefault((request.kernel, request.signature, request.constants, request.warps), request)
+                    key = name, request.kernel, request.signature, request.constants, request.warps
+                    found.setdefault(key, request)
     return list(found.values())
 
 

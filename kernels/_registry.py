@@ -109,26 +109,38 @@ class Op:
 
     def run(self, *args: object) -> object:
         """Call the chosen implementation directly, below torch's dispatcher."""
-        if _forced.name is not None:
-            return self.required(_forced.name, args).fn(*args)
-        for implementation in self.implementations:
-            if implementation.refusal(args) is None:
-                return implementation.fn(*args)
-        raise AssertionError("the reference runs everything")
+        return chosen(self.name, self.implementations, args).fn(*args)
 
-    def required(self, name: str, args: tuple[object, ...]) -> Implementation:
-        """The implementation called ``name``; FastregError if it cannot run ``args``."""
-        reason = f"{self.name} has no such implementation"
-        for implementation in self.implementations:
-            if implementation.name == name:
-                reason = implementation.why_not(*args)
-                if reason is None:
-                    return implementation
-        able = [i.name for i in self.implementations if i.why_not(*args) is None]
-        raise FastregError(
-            f"{self.name}: backend must be one that can run this call, got {name!r} "
-            f"({reason}; available: {', '.join(able)})"
-        )
+
+def chosen(function: str, implementations: tuple[Implementation, ...], args: tuple[object, ...]) -> Implementation:
+    """The forced implementation, or the first that can run ``args`` and is not measured to lose.
+
+    Raises:
+        FastregError: the forced one cannot.
+    """
+    if _forced.name is not None:
+        return _required(function, implementations, _forced.name, args)
+    for implementation in implementations:
+        if implementation.refusal(args) is None:
+            return implementation
+    raise AssertionError("the reference runs everything")
+
+
+def _required(
+    function: str, implementations: tuple[Implementation, ...], name: str, args: tuple[object, ...]
+) -> Implementation:
+    """The implementation called ``name``; FastregError if it cannot run ``args``."""
+    reason = f"{function} has no such implementation"
+    for implementation in implementations:
+        if implementation.name == name:
+            reason = implementation.why_not(*args)
+            if reason is None:
+                return implementation
+    able = [i.name for i in implementations if i.why_not(*args) is None]
+    raise FastregError(
+        f"{function}: backend must be one that can run this call, got {name!r} "
+        f"({reason}; available: {', '.join(able)})"
+    )
 
 
 class _Forced:

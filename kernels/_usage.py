@@ -53,6 +53,7 @@ def usage(binary: Path) -> list[Usage]:
 
 def _short(symbol: str) -> str:
     """The kernel's own name: without namespaces and parameters."""
-    name = torch._C._demangle(symbol)
-    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    return name.partition("(")[0].removeprefix("fastreg::")
+    name = torch._C._demangle(symbol).removeprefix("void ")
+    for qualifier in ("(anonymous namespace)::", "fastreg::"):
+        name = name.replace(qualifier, "")
+    return name.partition("(")[0].replace("> >", ">>")

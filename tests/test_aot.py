@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from fastreg.environment import build_info
 from fastreg.kernels import registry
 from fastreg.kernels._aot import DTYPES, TARGETS, Compiled
 
@@ -24,14 +25,20 @@ def env_kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[Compiled]:
-    """Every kernel for every target."""
+def report() -> dict[str, list]:
+    """What the command says of every kernel for every target."""
     result = env_kernels("--json")
     assert result.stdout, result.stderr
     found = json.loads(result.stdout)
     assert found["faults"] == []
     assert result.returncode == 0, result.stderr
-    return [Compiled(**row) for row in found["triton"]]
+    return found
+
+
+@pytest.fixture
+def compiled(report: dict[str, list]) -> list[Compiled]:
+    """The Triton kernels."""
+    return [Compiled(**row) for row in report["triton"]]
 
 
 def test_every_op_with_triton_kernels_compiles_for_every_target(compiled: list[Compiled]) -> None:
@@ -53,6 +60,20 @@ def test_16_bit_products_run_on_the_tensor_cores(compiled: list[Compiled]) -> No
     products = [row for row in compiled if row.dots and row.dtype == "bfloat16"]
     assert {row.tensor_cores for row in products if row.capability == 80} == {"mma"}
     assert {row.tensor_cores for row in products if row.capability == 90} == {"wgmma"}
+
+
+def test_cuda_kernels_are_built_for_every_target_and_do_not_spill(report: dict[str, list]) -> None:
+    built = build_info()["_cuda"]
+    if not built["built"]:
+        assert "nvcc" in built["detail"] or "FASTREG_CUDA=0" in built["detail"]
+        assert report["cuda"] == []
+        return
+    assert {(row["kernel"], row["capability"]) for row in report["cuda"]} >= {
+        (f"multi_tensor_kernel<{rule}<float>>", target)
+        for rule in ("SqNorm", "Dot", "Axpy", "Sgd", "SgdMomentum", "AdamW")
+        for target in TARGETS
+    }
+    assert [row for row in report["cuda"] if row["local"]] == []
 
 
 @pytest.mark.parametrize(
