@@ -70,7 +70,10 @@ stage_test() {
 
 stage_ceilings() { "$PYTHON" bench/gpu_kernels.py ceilings "$RESULTS"; }
 
-stage_kernels() { "$PYTHON" bench/gpu_kernels.py kernels "$RESULTS"; }
+stage_kernels() {
+    "$PYTHON" bench/gpu_kernels.py kernels "$RESULTS"
+    "$PYTHON" bench/gpu_lists.py "$RESULTS"
+}
 
 # The transformer and the conv net at a GPU's sizes, in the dtype one trains in and in float32.
 stage_steps() {

@@ -7,9 +7,14 @@ from pathlib import Path
 from fastreg.benchmark.machine import describe
 
 
+def read(path: Path) -> dict[str, object]:
+    """What the file holds so far."""
+    return json.loads(path.read_text())
+
+
 def add(path: Path, stage: str, part: object) -> None:
     """Put ``part`` under ``stage`` in the file, which keeps what other stages have written."""
-    document = json.loads(path.read_text()) if path.exists() else {"machine": describe("cuda")}
+    document = read(path) if path.exists() else {"machine": describe("cuda")}
     document[stage] = part
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 def kernel_lines(rows: list[dict[str, object]]) -> list[str]:
     """Time, distance to the floor and error of every implementation of every case."""
-    lines = [f"{'op':<27}{'case':<34}{'dtype':<17}{'backend':<11}{'ms':>9}{'x floor':>9}{'error':>9}"]
+    lines = [f"{'op':<30}{'case':<34}{'dtype':<10}{'by':<26}{'ms':>9}{'x floor':>9}{'error':>9}"]
     for row in rows:
-        start = f"{row['op']:<27}{row['case']:<34}{row['dtype']:<17}{row['implementation']:<11}"
+        start = f"{row['op']:<30}{row['case']:<34}{row['dtype']:<10}{row['implementation']:<26}"
         if "ms" not in row:
             lines.append(f"{start}  WRONG: error {row['error']:.0e}, not timed")
             continue
@@ -42,7 +42,8 @@ def main() -> None:
         print("ceilings: not measured")
     else:
         print(f"copy {top['bytes_per_s'] / 1e12:.2f} TB/s, matmul {top['flops_per_s'] / 1e12:.0f} TFLOP/s")
-    print("\n".join(kernel_lines(document["kernels"])) if "kernels" in document else "kernels: not measured")
+    for stage in ("kernels", "lists"):
+        print("\n".join(kernel_lines(document[stage])) if stage in document else f"{stage}: not measured")
     steps = [key for key in document if key.startswith("steps-")]
     for key in steps:
         print("\n".join(step_lines(key.removeprefix("steps-"), document[key])))

@@ -82,7 +82,7 @@ def _linear_cases(rows: int, fan_in: int, fan_out: int, m: int) -> list[OpCase]:
         OpCase(
             "outer_apply",
             label,
-            lambda t, d: (*three(t, d), offsets, False),
+            lambda t, d: (*three(t, d), offsets, False, None, None),
             rows * (2 * fan_in + 2 * fan_out),
             min(2 * grams, 2 * dense),
             {"torch.bmm twice": _two_products},
@@ -99,7 +99,7 @@ def _gradient_and_norms(a: Tensor, d: Tensor, offsets: Sequence[int]) -> tuple[T
     return d.mT @ a, torch.bmm(d_parts.mT, a_parts).float().square().sum((1, 2))
 
 
-def _two_products(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], _bias: bool) -> Tensor:
+def _two_products(q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], *_rest: object) -> Tensor:
     q, k, v = (x.unflatten(0, (len(offsets) - 1, -1)) for x in (q, k, v))
     return torch.bmm(torch.bmm(q, k.mT), v).flatten(0, 1)
 
@@ -132,6 +132,12 @@ def _row_cases(rows: int, width: int, m: int) -> list[OpCase]:
             2 * size,
         ),
         OpCase(
+            "segment_sum",
+            f"S={rows} N={width} m={m}",
+            lambda t, d: (*_normal(t, d, shape), offsets),
+            size,
+        ),
+        OpCase(
             "affine_sqnorm",
             f"S={rows} C={width} P=1 m={m}",
             lambda t, d: (*_normal(t, d, (*shape, 1), (*shape, 1)), offsets),
@@ -143,6 +149,28 @@ def _row_cases(rows: int, width: int, m: int) -> list[OpCase]:
             lambda t, d: (torch.randint(1024, (rows,), device=d), *_normal(t, d, shape), offsets),
             2 * size,
         ),
+    ]
+
+
+def _norm_cases(samples: int, channels: int, places: int, groups: int, m: int) -> list[OpCase]:
+    """A norm layer with scale and bias, its backward with norms, and its double backward."""
+    offsets, size = equal_offsets(samples, m), samples * channels * places
+    label, shape = f"S={samples} C={channels} P={places} G={groups} m={m}", (samples, channels, places)
+
+    def forward(dtype: torch.dtype, device: str) -> Arguments:
+        return (*_normal(dtype, device, shape, (channels,), (channels,)), groups, 1e-5, True)
+
+    def backward(dtype: torch.dtype, device: str, extra: int) -> Arguments:
+        x, weight, *others = _normal(dtype, device, shape, (channels,), *[shape] * (1 + extra))
+        grouped = x.float().view(samples, groups, -1)
+        var, mean = torch.var_mean(grouped, 2, correction=0)
+        cotangents = [torch.randn(m, channels, device=device) for _ in range(2 * extra)]
+        return (x, mean, (var + 1e-5).rsqrt(), weight, *others, *cotangents, offsets, True)
+
+    return [
+        OpCase("norm_affine", label, forward, 2 * size),
+        OpCase("norm_affine_backward", label, lambda t, d: backward(t, d, 0), 3 * size),
+        OpCase("norm_affine_double_backward", label, lambda t, d: backward(t, d, 1), 5 * size),
     ]
 
 
@@ -180,6 +208,7 @@ CPU_CASES = [
     *_linear_cases(256, 512, 512, 256),
     *_row_cases(1024, 256, 8),
     *_row_cases(512, 8192, 8),
+    *_norm_cases(1024, 256, 1, 1, 8),
     *_cross_entropy_cases(1024, 1024),
 ]
 
@@ -194,6 +223,9 @@ def gpu_cases(shrink: int = 1) -> list[OpCase]:
         *_linear_cases(4096 // shrink, 2048, 2048, 4096 // shrink),
         *_row_cases(8192 // shrink, 768, 8),
         *_row_cases(32768 // shrink, 4096, 32),
+        *_norm_cases(8192 // shrink, 768, 1, 1, 8),
+        *_norm_cases(32768 // shrink, 4096, 1, 1, 32),
+        *_norm_cases(256 // min(shrink, 32), 256, 1024, 32, 8),
         *_cross_entropy_cases(8192 // shrink, 32768),
         *_cross_entropy_cases(8192 // shrink, 131072),
         *_cross_entropy_cases(4096 // shrink, 50257),

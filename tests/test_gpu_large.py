@@ -32,7 +32,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 LARGE: dict[str, Callable[[], tuple[object, ...]]] = {
     "segment_dot": lambda: (draw(ROWS, WIDTH), draw(ROWS, WIDTH), OFFSETS),
     "outer_sqnorm": lambda: (draw(ROWS, WIDTH), draw(ROWS, 8), OFFSETS, True),
-    "outer_apply": lambda: (draw(ROWS, 8), draw(ROWS, 8), draw(ROWS, WIDTH), OFFSETS, False),
+    "outer_apply": lambda: (draw(ROWS, 8), draw(ROWS, 8), draw(ROWS, WIDTH), OFFSETS, False, None, None),
+    "segment_sum": lambda: (draw(ROWS, WIDTH), OFFSETS),
     "affine_sqnorm": lambda: (draw(ROWS, WIDTH, 1), draw(ROWS, WIDTH, 1), OFFSETS),
     "index_sqnorm": lambda: (torch.randint(50_000, (ROWS,), device="cuda"), draw(ROWS, WIDTH), OFFSETS),
     "normalize": lambda: (draw(ROWS, WIDTH), 1e-5, True),
