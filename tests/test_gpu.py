@@ -82,3 +82,20 @@ def test_the_kernels_of_a_gpu_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> 
     # Attention has no kernels for a GPU yet.
     assert {op for op, chosen in launched if chosen == "native"} <= {"attention_backward", "attention_double_backward"}
     assert {("outer_apply", "triton"), ("segment_dot", "triton")} <= launched
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["mlp_gelu", "gpt_tied", "residual_conv"])
+def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
+    case = BY_NAME[name]
+    model = case.model(torch.float32).cuda()
+    inputs, targets = (tensor.cuda() for tensor in case.batch(SAMPLES, torch.float32))
+    reg = fastreg.Regularizer(model, [*PENALTIES.values()], micro_batch_size=SIZE)
+    for warm in (False, True):
+        torch.cuda.set_sync_debug_mode("error" if warm else "default")
+        try:
+            outputs = model(inputs)
+            reg(case.sample_losses(outputs, targets).mean(), outputs).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
