@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastreg.kernels import norm_affine, norm_affine_backward, norm_affine_double_backward
+from fastreg.kernels import norm_affine, norm_affine_backward, norm_affine_double_backward, registry
 from fastreg.micro_batches import Selection
 from fastreg.normalize import normalize_rows
 from fastreg.rules.affine import Scale
@@ -62,11 +62,16 @@ class Norm:
 
 
 def fits(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether the fused form serves these operands: a tracked scale, and one dtype that the compiled code takes."""
+    """Whether the fused form serves these operands: a tracked scale, and one dtype that compiled code takes."""
     present = [p for p in (weight, bias) if p is not None]
-    known = weight is not None and all(tape.lineage(p) is not None for p in present)
-    cpu = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return known and cpu and all(p.dtype == x.dtype for p in present)
+    tracked = weight is not None and all(tape.lineage(p) is not None for p in present)
+    return tracked and all(p.dtype == x.dtype for p in present) and _is_compiled_for(x)
+
+
+def _is_compiled_for(x: Tensor) -> bool:
+    """Whether a norm layer of this device and dtype has a faster form than the reference."""
+    *compiled, _reference = registry()["norm_affine"].implementations
+    return any(implementation.refusal((x,)) is None for implementation in compiled)
 
 
 def norm_affine_layer(tape: Tape, norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

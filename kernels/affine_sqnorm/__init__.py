@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastreg.kernels._checks import check_floats, check_offsets, check_shape, check_untracked
 from fastreg.kernels._examples import OFFSETS, normal
+from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.affine_sqnorm import native, reference
 
@@ -28,7 +29,7 @@ OP = Op(
     schema="(Tensor x, Tensor d, int[] offsets) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.affine_sqnorm,
     examples=examples,
-    implementations=(native.IMPLEMENTATION,),
+    implementations=(implementation("affine_sqnorm"), native.IMPLEMENTATION),
 )
 
 

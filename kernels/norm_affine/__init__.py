@@ -14,6 +14,7 @@ from torch import Tensor
 from fastreg.errors import FastregError
 from fastreg.kernels._checks import accumulator, check_floats, check_offsets, check_shape, check_untracked
 from fastreg.kernels._examples import OFFSETS, normal
+from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.norm_affine import native, reference
 
@@ -63,7 +64,7 @@ FORWARD = Op(
     schema="(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, bool center) -> (Tensor, Tensor, Tensor)",
     reference=reference.norm_affine,
     examples=examples_forward,
-    implementations=(native.FORWARD,),
+    implementations=(implementation("norm_affine"), native.FORWARD),
 )
 BACKWARD = Op(
     name="norm_affine_backward",
@@ -71,7 +72,7 @@ BACKWARD = Op(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.norm_affine_backward,
     examples=examples_backward,
-    implementations=(native.BACKWARD,),
+    implementations=(implementation("norm_affine", "norm_affine_backward"), native.BACKWARD),
 )
 DOUBLE_BACKWARD = Op(
     name="norm_affine_double_backward",
@@ -79,7 +80,7 @@ DOUBLE_BACKWARD = Op(
     "int[] offsets, bool center) -> (Tensor, Tensor, Tensor)",
     reference=reference.norm_affine_double_backward,
     examples=examples_double,
-    implementations=(native.DOUBLE_BACKWARD,),
+    implementations=(implementation("norm_affine", "norm_affine_double_backward"), native.DOUBLE_BACKWARD),
 )
 
 

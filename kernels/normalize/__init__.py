@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastreg.kernels._checks import check_floats, check_rstd, check_shape, check_untracked
 from fastreg.kernels._examples import normal
+from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.normalize import native, reference
 
@@ -45,21 +46,21 @@ FORWARD = Op(
     schema="(Tensor x, float eps, bool center) -> (Tensor, Tensor)",
     reference=reference.normalize,
     examples=examples_forward,
-    implementations=(native.FORWARD,),
+    implementations=(implementation("normalize"), native.FORWARD),
 )
 BACKWARD = Op(
     name="normalize_backward",
     schema="(Tensor xhat, Tensor rstd, Tensor g, bool center) -> Tensor",
     reference=reference.normalize_backward,
     examples=examples_backward,
-    implementations=(native.BACKWARD,),
+    implementations=(implementation("normalize", "normalize_backward"), native.BACKWARD),
 )
 DOUBLE_BACKWARD = Op(
     name="normalize_double_backward",
     schema="(Tensor xhat, Tensor rstd, Tensor g, Tensor v, bool center) -> (Tensor, Tensor)",
     reference=reference.normalize_double_backward,
     examples=examples_double,
-    implementations=(native.DOUBLE_BACKWARD,),
+    implementations=(implementation("normalize", "normalize_double_backward"), native.DOUBLE_BACKWARD),
 )
 
 
