@@ -39,6 +39,7 @@ class Recorder(TorchFunctionMode):
         session: the session of the last recorded forward, or None.
         keeps_outputs: set it to have the model's last outputs in ``outputs``, until they are taken away.
         trace: set it to a list to have recorded operations noted there.
+        on_open: set it to be called with every new session before anything is recorded in it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Recorder(TorchFunctionMode):
         self.trace: list[Traced] | None = None
         self.keeps_outputs = False
         self.outputs: object = None
+        self.on_open: Callable[[Session], None] | None = None
         self._tape: Tape | None = None
         self._entered: list[nn.Module | None] = []
         owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
@@ -106,7 +108,7 @@ class Recorder(TorchFunctionMode):
             )
         samples = _batch_size(args, kwargs)
         known = self.session
-        if known is not None and not known.consumed and known.micro_batches.samples == samples:
+        if known is not None and known.open and known.micro_batches.samples == samples:
             if module is self.model:
                 self._tape.forget_derived()
             return
@@ -116,7 +118,9 @@ class Recorder(TorchFunctionMode):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in tracked) else torch.float32
         self.session = Session(samples, self.size, dtype, tracked[0].device, self.phase)
         self.session.trace = self.trace
-        if known is not None and not known.consumed:
+        if self.on_open is not None:
+            self.on_open(self.session)
+        if known is not None and known.open:
             self.session.earlier = [*(ref for ref in known.earlier if ref() is not None), weakref.ref(known)]
         self._tape = Tape(self.session, tracked)
 
@@ -125,7 +129,8 @@ class Recorder(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         route = ROUTES.get(func)
-        if route is not None and (route.always or self._tracked(args, kwargs) is not None):
+        first_order = self._tape.session.first_order
+        if route is not None and route.serves(self._tracked(args, kwargs) is not None, first_order):
             try:
                 return route.rule(self._tape, *args, **kwargs)
             except UnsupportedOperation as refusal:

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastreg.micro_batches import MicroBatches
+
+if TYPE_CHECKING:
+    from fastreg.rules.perturbation import Perturbation
 
 
 class Phase(Enum):
@@ -20,6 +24,7 @@ class Phase(Enum):
 
     PLAIN = "input and parameter gradients, as autograd does"
     CHAIN = "input gradients and squared norms; no parameter gradient is formed"
+    DIRECTIONS = "input gradients and squared norms; what the norms are made of is kept"
     STATISTICS = "input and parameter gradients, and squared norms with them"
 
 
@@ -52,6 +57,10 @@ class Session:
         dtypes: those in which operations were recorded.
         trace: when a list, recorded operations are noted there.
         selected: micro-batches the norms are restricted to, or None for all.
+        first_order: whether nothing will be differentiated twice, so that torch's own operations serve where no
+            parameter is involved.
+        directions: where backward passes in the phase ``DIRECTIONS`` leave them.
+        perturbation: what operations of this forward are perturbed by, or None.
     """
 
     def __init__(
@@ -68,6 +77,14 @@ class Session:
         self.selected: tuple[int, ...] | None = None
         self.shared: list = []
         self.consumed = False
+        self.first_order = False
+        self.directions: Perturbation | None = None
+        self.perturbation: Perturbation | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether a further forward may belong to it: no backward that ends at the probe has run."""
+        return not self.consumed and self.probe.grad is None
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:

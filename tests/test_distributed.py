@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import fastreg
+import fastreg.optim
 import oracle
+from sam_oracle import sequential_gradient
 
-WEIGHT = 0.3
+WEIGHT, RHO = 0.3, 0.1
 
 
 def problem(rank: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -26,10 +29,35 @@ def problem(rank: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randn(5, 5, generator=draw).double(), torch.randint(3, (5,), generator=draw)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def join(rank: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
+
+
+def spawn(worker: Callable[[int, int, str], None], folder: Path) -> list[list[torch.Tensor]]:
+    """Run a worker in two processes; the gradients that each saved."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def assert_mean_over_ranks(got: list[list[torch.Tensor]], wanted: Callable[..., oracle.Gradient]) -> None:
+    """Both ranks hold, bit for bit, the mean of what ``wanted(model, x, y)`` gives for each rank's data."""
+    locally = []
+    for rank in range(2):
+        model, x, y = problem(rank)
+        want = wanted(model, x, y)
+        locally.append([want[name] for name, _ in model.named_parameters()])
+    for one, other, first, second in zip(*got, *locally):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(one, (first + second) / 2, rtol=1e-10, atol=1e-14)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
     model, x, y = problem(rank)
     parallel = DistributedDataParallel(model)
     reg = fastreg.Regularizer(parallel, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=2)
@@ -47,18 +75,34 @@ def worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def sam_worker(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
+    model, x, y = problem(rank)
+    parallel = DistributedDataParallel(model)
+    optimizer = fastreg.optim.SAM(torch.optim.SGD(model.parameters(), lr=0.0), parallel, RHO, micro_batch_size=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(parallel(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    torch.save([p.grad for p in model.parameters()], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def test_gradients_are_the_mean_over_ranks(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
-    got = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    got = spawn(worker, tmp_path)
     assert all("must be called itself" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))
-    locally = []
-    for rank in range(2):
-        model, x, y = problem(rank)
-        want = oracle.penalty_gradient(model, F.cross_entropy, x, y, 2, weight=WEIGHT)
-        locally.append([want[name] for name, _ in model.named_parameters()])
-    for one, other, first, second in zip(*got, *locally):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-        torch.testing.assert_close(one, (first + second) / 2, rtol=1e-10, atol=1e-14)
+    assert_mean_over_ranks(
+        got, lambda model, x, y: oracle.penalty_gradient(model, F.cross_entropy, x, y, 2, weight=WEIGHT)
+    )
+
+
+def test_sam_perturbs_each_rank_along_its_own_micro_batches(tmp_path: Path) -> None:
+    assert_mean_over_ranks(
+        spawn(sam_worker, tmp_path),
+        lambda model, x, y: sequential_gradient(model, F.cross_entropy, x, y, 2, RHO),
+    )

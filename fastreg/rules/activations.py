@@ -80,14 +80,14 @@ class SiluBackward(Function):
         return torch.ops.aten.silu_backward(v, x), torch.ops.aten.sigmoid_backward(bend, s).to(x.dtype)
 
 
-@route(F.gelu, always=True)
+@route(F.gelu, always=True, second_order=True)
 def gelu(tape: Tape, input: Tensor, approximate: str = "none") -> Tensor:
     """``F.gelu``."""
     refuse_parameters(tape, input)
     return Gelu.apply(input, approximate)
 
 
-@route(F.silu, always=True)
+@route(F.silu, always=True, second_order=True)
 def silu(tape: Tape, input: Tensor, inplace: bool = False) -> Tensor:
     """``F.silu``; in place it is torch's own."""
     refuse_parameters(tape, input)

@@ -70,6 +70,12 @@ class Scale(Bilinear):
     def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
         return self.dense_pull(d, gradients, cut)
 
+    def forward_each(self, x: Tensor, weights: Tensor, biases: Tensor | None, cut: MicroBatches) -> Tensor:
+        if biases is None:
+            return self.dense_pull(x, weights, cut)
+        spread = self._per_segment(weights, x), self._per_segment(biases, x)
+        return cut.map(lambda rows, w, b: torch.addcmul(b, rows, w), (x,), spread)
+
     def norms(self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches) -> Tensor:
         if not parts.weight:
             return Bilinear.norms(self, x, d, weight, bias, parts, cut)

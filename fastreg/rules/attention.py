@@ -17,7 +17,7 @@ from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
 
 
-@route(F.scaled_dot_product_attention, always=True)
+@route(F.scaled_dot_product_attention, always=True, second_order=True)
 def scaled_dot_product_attention(
     tape: Tape,
     query: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastreg.kernels import segment_dot
@@ -71,6 +72,18 @@ class Bilinear(ABC):
     @abstractmethod
     def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
         """``B^T(d_k, G_k)`` for given ``gradients [m, *w.shape]``; shaped as ``x``."""
+
+    def forward_each(self, x: Tensor, weights: Tensor, biases: Tensor | None, cut: MicroBatches) -> Tensor:
+        """``B(x_k, w_k) + b_k`` for given ``weights [m, *w.shape]`` and ``biases [m, *b.shape]``; shaped as ``y``."""
+        return self.with_biases(self.dense_pull(x, weights, cut), biases, cut)
+
+    def with_biases(self, y: Tensor, biases: Tensor | None, cut: MicroBatches) -> Tensor:
+        """``y + b_k`` for given ``biases [m, *b.shape]``."""
+        if biases is None:
+            return y
+        view = self.bias_view(biases[0], y)
+        aligned = biases.reshape(cut.count, *(1,) * (y.dim() - len(view)), *view)
+        return cut.map(torch.add, (y,), (aligned,))
 
     def form(self, x: Tensor, y: Tensor, cut: MicroBatches) -> str:
         """For reports: how ``G_k`` is represented, for input ``x`` and output ``y``."""

@@ -68,6 +68,10 @@ class Convolution(Bilinear):
     def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
         return cut.map(self.segment_transpose, (d, x), (gradients,))
 
+    def forward_each(self, x: Tensor, weights: Tensor, biases: Tensor | None, cut: MicroBatches) -> Tensor:
+        given = (weights,) if biases is None else (weights, biases)
+        return cut.map(lambda a, w, b=None: self.segment_forward(self.lay(a), w, b), (x,), given)
+
     def lay(self, x: Tensor) -> Tensor:
         """``x [m, b, C, *S]`` as the next two methods take it; a copy if ``b > 1``."""
         return beside(x)

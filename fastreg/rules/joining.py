@@ -89,7 +89,8 @@ def _joined(session: Session, deposits: list[Deposit]) -> Tensor:
     pick = Selection(session.micro_batches, session.selected if session.phase is Phase.CHAIN else None)
     exact = torch.is_grad_enabled()
     factors = [deposit.rows() for deposit in deposits]
-    if None not in factors and prefers_rows(factors, pick.whole, deposits[0].derived.shape):
+    by_rows = session.phase is not Phase.DIRECTIONS and None not in factors
+    if by_rows and prefers_rows(factors, pick.whole, deposits[0].derived.shape):
         return RowJoin.apply(session, pick, exact, *(t for use in factors for t in (use.left, use.right)))
     return Join.apply(session, pick, deposits, exact, *(t for deposit in deposits for t in (deposit.x, deposit.d)))
 
@@ -106,6 +107,9 @@ class Join(Function):
         for deposit, x, d in uses[1:]:
             gradients = gradients + deposit.gradients(x, d, pick.kept)
         ctx.deposits = deposits
+        if session.phase is Phase.DIRECTIONS:
+            squared = session.directions.keep_joined(deposits[0].lineage, gradients)
+            return squared.to(session.probe.dtype)
         if exact:
             ctx.save_for_backward(gradients, *rows)
         return pick.put_segments(sum_squares(gradients).to(session.probe.dtype))

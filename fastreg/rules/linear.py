@@ -51,6 +51,14 @@ class Linear(Bilinear):
     def dense_push(self, d: Tensor, gradients: Tensor, x: Tensor, cut: MicroBatches) -> Tensor:
         return cut.map(torch.bmm, (rows_of(d),), (gradients,)).view(x.shape)
 
+    def forward_each(self, x: Tensor, weights: Tensor, biases: Tensor | None, cut: MicroBatches) -> Tensor:
+        if biases is None:
+            return self.dense_pull(x, weights, cut)
+        out = cut.map(
+            lambda a, w, b: torch.baddbmm(b.unsqueeze(1), a, w.mT), (rows_of(x),), (weights, biases)
+        )
+        return out.view(*x.shape[:-1], out.shape[-1])
+
     def form(self, x: Tensor, y: Tensor, cut: MicroBatches) -> str:
         if not _quadratic(x, y, cut):
             return "dense"

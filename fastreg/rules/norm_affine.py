@@ -25,7 +25,7 @@ from fastreg.kernels import norm_affine, norm_affine_backward, norm_affine_doubl
 from fastreg.micro_batches import Selection
 from fastreg.normalize import normalize_rows
 from fastreg.rules.affine import Scale
-from fastreg.rules.bilinear import sum_squares
+from fastreg.rules.bilinear import Parts, sum_squares
 from fastreg.rules.routing import Wanted, deposit_shared, wanted_by
 from fastreg.rules.tape import Tape
 from fastreg.rules.use import Use
@@ -63,6 +63,8 @@ class Norm:
 
 def fits(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the fused form serves these operands: a tracked scale, and one dtype that compiled code takes."""
+    if tape.session.perturbation is not None:
+        return False
     present = [p for p in (weight, bias) if p is not None]
     tracked = weight is not None and all(tape.lineage(p) is not None for p in present)
     return tracked and all(p.dtype == x.dtype for p in present) and _is_compiled_for(x)
@@ -142,6 +144,8 @@ class NormAffineBackward(Function):
         )
         ctx.save_for_backward(d, x, weight, mean, rstd, of_weight, of_bias)
         squared = _squared_norms(use, wanted, of_weight, of_bias, pick)
+        if session.phase is Phase.DIRECTIONS and any(wanted.norms):
+            squared = _directions(use, wanted.norms, weight, of_weight, bias, of_bias)
         dx = pick.put(dx.view(x.shape)) if wanted.dx else None
         dw = of_weight.sum(0).view(weight.shape) if wanted.dw else None
         db = of_bias.sum(0).view(bias.shape) if wanted.db else None
@@ -162,6 +166,16 @@ class NormAffineBackward(Function):
         )  # fmt: skip
         grad_d, grad_x = (pick.put(rows.view(x.shape)) for rows in (grad_d, grad_x))
         return None, None, None, grad_d, grad_x, grad_weight.view(weight.shape), None, None, None
+
+
+def _directions(
+    use: Use, parts: Parts, weight: Tensor, of_weight: Tensor, bias: Tensor | None, of_bias: Tensor
+) -> Tensor:
+    """Leave the gradients of the parameters that this use makes up alone with the session; their squared norms."""
+    of_weight = of_weight.view(-1, *weight.shape).to(weight.dtype) if parts.weight else None
+    of_bias = of_bias.view(-1, *bias.shape).to(bias.dtype) if parts.bias else None
+    squared = use.session.directions.keep_dense(use, weight, of_weight, bias, of_bias)
+    return squared.to(use.session.probe.dtype)
 
 
 def _squared_norms(use: Use, wanted: Wanted, of_weight: Tensor, of_bias: Tensor, pick: Selection) -> Tensor | None:

@@ -21,7 +21,7 @@ from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
 
 
-@route(F.layer_norm, torch.layer_norm, always=True)
+@route(F.layer_norm, torch.layer_norm, always=True, second_order=True)
 def layer_norm(
     tape: Tape,
     input: Tensor,
@@ -39,7 +39,7 @@ def layer_norm(
     return _normalized_affine(tape, norm, x, weight, bias)
 
 
-@route(F.rms_norm, torch.rms_norm, always=True)
+@route(F.rms_norm, torch.rms_norm, always=True, second_order=True)
 def rms_norm(
     tape: Tape, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
@@ -52,7 +52,7 @@ def rms_norm(
     return _normalized_affine(tape, norm, input, weight, None)
 
 
-@route(F.group_norm, torch.group_norm, always=True)
+@route(F.group_norm, torch.group_norm, always=True, second_order=True)
 def group_norm(
     tape: Tape,
     input: Tensor,

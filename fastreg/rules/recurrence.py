@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastreg.errors import FastregError
+from fastreg.rules.linear import Linear
 from fastreg.rules.routing import RoutedBackward, deposit_shared, wanted_by
 from fastreg.rules.use import Use
 from fastreg.session import Phase
@@ -54,6 +55,16 @@ class Leave(Function):
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (ctx.handover.states,) = ctx.saved_tensors
         return None, *grads
+
+
+class Recurrent(Linear):
+    """The recurrent product; its rows are states of all steps, which a step at perturbed weights has no use for."""
+
+    def rows(self, x: Tensor, d: Tensor) -> None:
+        return None
+
+
+RECURRENT = Recurrent()
 
 
 class Enter(Function):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.rules.activations import refuse_parameters
-from fastreg.rules.linear import LINEAR, linear
-from fastreg.rules.recurrence import Enter, Handover, Leave, Step
+from fastreg.rules.linear import linear
+from fastreg.rules.recurrence import RECURRENT, Enter, Handover, Leave, Step
 from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
 from fastreg.rules.use import Use
@@ -147,22 +147,27 @@ def _run(
     """One direction of one layer: its outputs ``[B, T, H]`` and its final state."""
     given = linear(tape, x, weights.input, weights.input_bias)
     given = given.flip(1) if reverse else given
-    handover = Handover()
     base = given if cell.joined else torch.zeros_like(given)
-    terms = Enter.apply(*_use(tape, weights, handover), base, *weights[1::2], tape.root)
+    use, handover = _use(tape, weights), Handover()
+    if tape.perturbs(use):
+        # Of first order, and at weights of its own in every micro-batch: each step is an operation like any other.
+        terms, product = base, lambda term, h: term + tape.enter(use, h, *weights[1::2])
+    else:
+        terms = Enter.apply(use, handover, base, *weights[1::2], tape.root)
+        product = lambda term, h: Step.apply(term, h, weights.recurrent)
     hidden = [state[0]]
     for given_t, term in zip(given.unbind(1), terms.unbind(1)):
-        state = cell.step(given_t, Step.apply(term, state[0], weights.recurrent), state)
+        state = cell.step(given_t, product(term, state[0]), state)
         hidden.append(state[0])
     states, *others = Leave.apply(handover, torch.stack(hidden, 1), *state[1:])
     out = states[:, 1:]
     return out.flip(1) if reverse else out, (states[:, -1], *others)
 
 
-def _use(tape: Tape, weights: Weights, handover: Handover) -> tuple[Use, Handover]:
+def _use(tape: Tape, weights: Weights) -> Use:
     of_weight, of_bias = tape.lineage(weights.recurrent), tape.lineage(weights.recurrent_bias)
     tape.session.count_use(of_weight and of_weight.key, of_bias and of_bias.key)
-    return Use(tape.session, LINEAR, of_weight, of_bias), handover
+    return Use(tape.session, RECURRENT, of_weight, of_bias)
 
 
 @route(torch.lstm_cell)

@@ -24,21 +24,27 @@ class Route:
         rule: called as ``rule(tape, *args, **kwargs)``.
         always: whether it also serves calls that involve no tracked parameter, because it brings a double backward
             that torch lacks or a cheaper one.
+        second_order: whether the double backward is all that it brings to such calls.
     """
 
     rule: Callable[..., Tensor]
     always: bool
+    second_order: bool
+
+    def serves(self, tracked: bool, first_order: bool) -> bool:
+        """Whether a call goes to the rule, by whether it takes a tracked parameter."""
+        return tracked or (self.always and not (self.second_order and first_order))
 
 
 ROUTES: dict[Callable, Route] = {}
 
 
-def route(*functions: Callable, always: bool = False) -> Callable[[Callable], Callable]:
+def route(*functions: Callable, always: bool = False, second_order: bool = False) -> Callable[[Callable], Callable]:
     """Register the decorated rule for each of ``functions``."""
 
     def register(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for function in functions:
-            ROUTES[function] = Route(rule, always)
+            ROUTES[function] = Route(rule, always, second_order)
         return rule
 
     return register

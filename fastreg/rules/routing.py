@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from fastreg.micro_batches import Selection
 from fastreg.rules.bilinear import Bilinear, Parts
 from fastreg.rules.joining import Deposit
+from fastreg.rules.perturbation import keep_direction
 from fastreg.rules.use import Use
 from fastreg.session import Phase
 
@@ -60,7 +61,7 @@ class Routed(Function):
 def wanted_by(use: Use, needs: tuple[bool, ...]) -> Wanted:
     """What the session's phase asks of one use; ``needs`` is the operation's ``ctx.needs_input_grad``."""
     phase = use.session.phase
-    parameters = phase is not Phase.CHAIN
+    parameters = phase in (Phase.PLAIN, Phase.STATISTICS)
     norms = Parts(False, False)
     if phase is not Phase.PLAIN:
         norms = Parts(use.alone(use.weight), use.alone(use.bias))
@@ -86,6 +87,9 @@ class RoutedBackward(Function):
         d, x = op.laid_out(pick.take(d)), pick.take(x)
         dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
         dw = db = squared = tangent = memo = None
+        if session.phase is Phase.DIRECTIONS and any(norms):
+            squared = keep_direction(use, norms, x.detach(), d, weight, bias)
+            return dx, dw, db, squared
         if session.phase is Phase.STATISTICS and any(norms) and not wanted.exact:
             dw, db, squared = op.with_norms(x, d, weight, bias, norms, pick.kept)
         elif any(norms):

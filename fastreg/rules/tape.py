@@ -10,6 +10,7 @@ from torch import Tensor
 from fastreg.errors import UnsupportedOperation
 from fastreg.rules.bilinear import Bilinear
 from fastreg.rules.joining import Root
+from fastreg.rules.perturbation import Perturbed
 from fastreg.rules.routing import Routed
 from fastreg.rules.use import Lineage, Use
 from fastreg.session import Session, Traced
@@ -97,9 +98,22 @@ class Tape:
     def _apply(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, autocast: bool) -> Tensor:
         device = x.device.type
         if not (autocast and torch.is_autocast_enabled(device)):
-            return Routed.apply(use, x, weight, bias, self.root)
+            return self.enter(use, x, weight, bias)
         low = torch.get_autocast_dtype(device)
         self.session.dtypes.add(low)
         x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
         with torch.autocast(device, enabled=False):
+            return self.enter(use, x, weight, bias)
+
+    def perturbs(self, use: Use) -> bool:
+        """Whether this forward runs an operation at weights that differ between micro-batches."""
+        perturbation = self.session.perturbation
+        return perturbation is not None and perturbation.of(use) is not None
+
+    def enter(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The operation as a node of the graph: recorded, or at perturbed weights."""
+        perturbation = self.session.perturbation
+        direction = None if perturbation is None else perturbation.of(use)
+        if direction is None:
             return Routed.apply(use, x, weight, bias, self.root)
+        return Perturbed.apply(use, direction, perturbation.factors, x, weight, bias)

@@ -1,0 +1,80 @@
+"""An optimizer that is another one in all but the way its step comes by gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastreg.errors import FastregError
+
+
+def _of_base(name: str) -> property:
+    return property(
+        lambda self: getattr(self.base, name),
+        lambda self, value: setattr(self.base, name, value),
+        lambda self: delattr(self.base, name),
+        f"``{name}`` of the base optimizer.",
+    )
+
+
+class Delegating(Optimizer):
+    """Groups, state, defaults, hooks and checkpoints are those of ``base``, by identity.
+
+    Learning rate schedulers, gradient scalers and checkpointing see the base; its ``state_dict`` is the wrapper's, in
+    both directions. Hooks run once, in the base's step.
+    """
+
+    param_groups: ClassVar[property] = _of_base("param_groups")
+    state: ClassVar[property] = _of_base("state")
+    defaults: ClassVar[property] = _of_base("defaults")
+    # Set and deleted by torch.amp.GradScaler around the step of a fused optimizer.
+    grad_scale: ClassVar[property] = _of_base("grad_scale")
+    found_inf: ClassVar[property] = _of_base("found_inf")
+
+    def __init__(self, base: Optimizer) -> None:
+        if not isinstance(base, Optimizer):
+            raise FastregError(
+                f"{type(self).__name__}: base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__} "
+                "(build it first: torch.optim.SGD(model.parameters(), lr=0.1))"
+            )
+        # Not Optimizer.__init__: it would make groups and state of its own.
+        self.base = base
+
+    def __getattr__(self, name: str) -> object:
+        if name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """The base's step; with a closure, at the gradients that a subclass makes of it."""
+        if closure is None:
+            return self.base.step()
+        loss = self.backward(closure)
+        self.base.step()
+        return loss
+
+    def backward(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Leave this optimizer's gradient in ``.grad``, without a step; the closure's loss."""
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base's."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, object]) -> None:
+        """As the base's."""
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, object]:
+        """The base's."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Into the base."""
+        self.base.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"

@@ -1,0 +1,239 @@
+"""Weights that differ between micro-batches: ``w + c_k G_k``, in one batch and without a second derivative.
+
+The first pass of a perturbed step keeps, operation by operation, what the gradients ``G_k`` of the micro-batches are
+made of: a :class:`Direction`. Its squared norms are the gradient of the probe, as always; from them follow the factors
+``c_k``. In the second pass every operation runs at the weights of each micro-batch, by functions of first order:
+
+    forward    y = B(x_k, w + c_k G_k) + b + c_k H_k
+    backward   dx = B^T(d_k, w + c_k G_k),  dw = outer(x, d),  db = sum d
+
+Foret et al. 2021 (arXiv:2010.01412, section 4.1) run one micro-batch after another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastreg.errors import FastregError
+from fastreg.kernels import index_sqnorm, outer_apply
+from fastreg.micro_batches import MicroBatches
+from fastreg.rules.bilinear import Bilinear, Parts, Rows, sum_squares
+from fastreg.rules.use import Lineage, Use
+
+
+class Direction(ABC):
+    """The gradients of one operation's parameters in every micro-batch, in the form that its products need."""
+
+    @abstractmethod
+    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``B(x_k, w + c_k G_k) + b + c_k H_k``."""
+
+    @abstractmethod
+    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: Tensor | None, x: Tensor) -> Tensor:
+        """``B^T(d_k, w + c_k G_k)``; of ``x`` only the shape is read."""
+
+
+class DenseDirection(Direction):
+    """Gradients ``[m, *w.shape]`` and ``[m, *b.shape]``, None for a parameter that is not perturbed.
+
+    They are turned into perturbed parameters when they are first met: then one product serves ``w`` and ``G_k``.
+    """
+
+    def __init__(self, of_weight: Tensor | None, of_bias: Tensor | None) -> None:
+        self.of_weight, self.of_bias = of_weight, of_bias
+        self._weights: Tensor | None = None
+
+    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        op, cut = use.op, use.session.micro_batches
+        biases = bias
+        if bias is not None:
+            biases = bias.expand(cut.count, *bias.shape)
+            biases = biases if self.of_bias is None else perturbed(bias, self.of_bias, factors)
+        if self.of_weight is None:
+            return op.with_biases(op.forward(x, weight, None), biases, cut)
+        return op.forward_each(x, self._perturbed_weights(weight, factors), biases, cut)
+
+    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: Tensor | None, x: Tensor) -> Tensor:
+        if self.of_weight is None:
+            return use.op.transpose(d, weight, x)
+        return use.op.dense_push(d, self._perturbed_weights(weight, factors), x, use.session.micro_batches)
+
+    def _perturbed_weights(self, weight: Tensor, factors: Tensor) -> Tensor:
+        if self._weights is None:
+            self._weights = perturbed(weight, self.of_weight, factors)
+        return self._weights
+
+
+class RowDirection(Direction):
+    """The rows of ``G_k = sum_s left_s right_s^T``; with ``bias``, ``H_k = sum_s left_s`` as well."""
+
+    def __init__(self, rows: Rows, bias: bool) -> None:
+        self.rows, self.bias = rows, bias
+
+    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = use.op.forward(x, weight, bias)
+        return _add_products(use, factors, y, x, self.rows.right, self.rows.left, self.bias)
+
+    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        dx = use.op.transpose(d, weight, x)
+        return _add_products(use, factors, dx, d, self.rows.left, self.rows.right, False)
+
+
+class IndexDirection(Direction):
+    """The gradient of a table that a gather read, at the entries it read.
+
+    Args:
+        index: what was looked up.
+        shared: ``[*index.shape, D]``: at each place, row ``index`` of ``G_k``.
+    """
+
+    def __init__(self, index: Tensor, shared: Tensor) -> None:
+        self.index, self.shared = index, shared
+
+    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        if x.data_ptr() != self.index.data_ptr() and not torch.equal(x, self.index):
+            raise FastregError(
+                "perturbation: both passes of a step must look up the same indices, got others in the second (draw "
+                "random indices from torch's generators, which are set back, or outside the closure)"
+            )
+        return use.session.micro_batches.scaled(self.shared, factors, use.op.forward(x, weight, bias))
+
+    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return use.op.transpose(d, weight, x)
+
+
+def keep_direction(
+    use: Use, parts: Parts, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Leave the direction of an operation with its session; the squared norms ``[m]`` of the ``parts`` asked for."""
+    op, cut, kept = use.op, use.session.micro_batches, use.session.directions
+    whole = parts.weight and parts.bias == (bias is not None) and not kept.adaptive
+    rows = op.rows(x, d) if whole else None
+    if rows is not None and not rows.left.is_floating_point():
+        squared, shared = index_sqnorm(rows.left, rows.right, cut.offsets(rows.left.shape[0]))
+        kept.keep(use, parts, IndexDirection(x, shared.view(d.shape)))
+    elif rows is not None and _prefers_rows(rows, cut):
+        squared = op.norms(x, d, weight, bias, parts, cut)
+        kept.keep(use, parts, RowDirection(rows, parts.bias))
+    else:
+        of_weight = op.dense(x, d, weight, cut) if parts.weight else None
+        of_bias = op.bias_dense(d, bias, cut) if parts.bias else None
+        squared = kept.keep_dense(use, weight, of_weight, bias, of_bias)
+    return squared.to(use.session.probe.dtype)
+
+
+def _prefers_rows(rows: Rows, cut: MicroBatches) -> bool:
+    """Counted per row: norms, forward and backward take 5 s (I + O) / 2 by pairs, ``G_k`` takes I O."""
+    outputs, inputs = rows.left.shape[1], rows.right.shape[1]
+    segment = rows.left.shape[0] // cut.samples * cut.size
+    return 5 * segment * (inputs + outputs) < 2 * inputs * outputs
+
+
+def _add_products(
+    use: Use, factors: Tensor, onto: Tensor, queries: Tensor, keys: Tensor, values: Tensor, bias: bool
+) -> Tensor:
+    cut, queries = use.session.micro_batches, queries.reshape(-1, queries.shape[-1])
+    moved = outer_apply(queries, keys, values, cut.offsets(queries.shape[0]), bias)
+    return cut.scaled(moved.view(onto.shape), factors, onto)
+
+
+def perturbed(parameter: Tensor, gradients: Tensor, factors: Tensor) -> Tensor:
+    """``p + c_k G_k``: ``[m, *p.shape]``, in the dtype of ``p``."""
+    aligned = factors.to(gradients.dtype).reshape(-1, *(1,) * parameter.dim())
+    return torch.addcmul(parameter, gradients, aligned).to(parameter.dtype)
+
+
+class Perturbation:
+    """What the first pass of a perturbed step leaves for the second.
+
+    Args:
+        adaptive: measure and move each parameter in units of its own magnitude: ``G_k`` is then ``|w|^2 grad C_k``, and
+            its squared norm ``|| |w| grad C_k ||^2`` (Kwon et al. 2021, arXiv:2102.11600, eq. 7).
+
+    Attributes:
+        factors: ``c_k``, ``[m]``, known after the first pass.
+    """
+
+    def __init__(self, adaptive: bool = False) -> None:
+        self.adaptive = adaptive
+        self.factors: Tensor | None = None
+        self._own: dict[int, Direction] = {}
+        self._joined: dict[int, Tensor] = {}
+
+    def measured(self, gradients: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared norms ``[m]`` and direction of the gradients ``[m, *p.shape]`` of a parameter."""
+        if not self.adaptive:
+            return sum_squares(gradients), gradients
+        magnitude = parameter.abs()
+        gradients = gradients * magnitude
+        return sum_squares(gradients), gradients * magnitude
+
+    def keep(self, use: Use, parts: Parts, direction: Direction) -> None:
+        """The direction of an operation that makes up the gradients of the ``parts`` alone."""
+        self._own[(use.weight if parts.weight else use.bias).key] = direction
+
+    def keep_dense(
+        self, use: Use, weight: Tensor | None, of_weight: Tensor | None, bias: Tensor | None, of_bias: Tensor | None
+    ) -> Tensor:
+        """As :meth:`keep`, for gradients ``[m, *p.shape]`` (None for what the operation does not make up alone).
+
+        Returns:
+            Their squared norms ``[m]``.
+        """
+        squared, moved = [], []
+        for parameter, gradients in ((weight, of_weight), (bias, of_bias)):
+            one, direction = (None, None) if gradients is None else self.measured(gradients, parameter)
+            squared.append(one)
+            moved.append(direction)
+        self.keep(use, Parts(of_weight is not None, of_bias is not None), DenseDirection(*moved))
+        return sum(one for one in squared if one is not None)
+
+    def keep_joined(self, lineage: Lineage, gradients: Tensor) -> Tensor:
+        """Gradients ``[m, *p.shape]`` of a parameter that is used several times; their squared norms ``[m]``."""
+        squared, self._joined[lineage.key] = self.measured(gradients, lineage.parameter.detach())
+        return squared
+
+    def of(self, use: Use) -> Direction | None:
+        """The direction of an operation; None if nothing that it takes was reached by the loss."""
+        present = [lineage for lineage in (use.weight, use.bias) if lineage is not None]
+        own = next((self._own[lineage.key] for lineage in present if lineage.key in self._own), None)
+        shares = [self._share(lineage) for lineage in (use.weight, use.bias)]
+        if shares == [None, None]:
+            return own
+        known = (None, None) if own is None else (own.of_weight, own.of_bias)
+        return DenseDirection(*(k if share is None else share for share, k in zip(shares, known, strict=True)))
+
+    def _share(self, lineage: Lineage | None) -> Tensor | None:
+        if lineage is None or lineage.key not in self._joined:
+            return None
+        return lineage.lift_each(self._joined[lineage.key])
+
+
+class Perturbed(Function):
+    """``y = op(x_k, w + c_k G_k, b + c_k H_k)``."""
+
+    @staticmethod
+    def forward(
+        ctx, use: Use, direction: Direction, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        ctx.use, ctx.direction = use, direction
+        ctx.save_for_backward(factors, x, weight, bias)
+        return direction.forward(use, factors, x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d: Tensor):
+        use, op, (factors, x, weight, bias) = ctx.use, ctx.use.op, ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[3:]
+        # The next forward belongs to another loss. (The probe, which tells this elsewhere, is not in this graph.)
+        use.session.consumed = True
+        d = op.laid_out(d)
+        dx = ctx.direction.transpose(use, factors, d, weight, x) if needs_x else None
+        dw = op.outer(x, d, weight) if needs_weight else None
+        db = op.bias_total(d, bias) if needs_bias else None
+        return None, None, None, dx, dw, db
