@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
+
+from fastreg.kernels import registry
 
 Arguments = tuple[object, ...]
 
@@ -174,6 +177,33 @@ def _norm_cases(samples: int, channels: int, places: int, groups: int, m: int) -
     ]
 
 
+def _conv_cases(samples: int, channels: int, outputs: int, size: int, stride: int, m: int) -> list[OpCase]:
+    """A 3 x 3 convolution's weight gradients per segment, and the same layer with a weight per segment."""
+    geometry, small = ([stride, stride], [1, 1], [1, 1]), size // stride
+    label = f"n={samples} C={channels} O={outputs} {size}x{size}/{stride} m={m}"
+    images, weights = (m, samples // m, channels, size, size), (m, outputs, channels, 3, 3)
+    out = (m, samples // m, outputs, small, small)
+    elements = prod(images) + prod(weights) + prod(out)
+    flops = 2 * prod(out) * channels * 9
+
+    def channels_last(x: Tensor) -> Tensor:
+        return x.movedim(2, 4).contiguous().movedim(4, 2)
+
+    def gradients(dtype: torch.dtype, device: str) -> Arguments:
+        x, d = _normal(dtype, device, images, out)
+        return (channels_last(x), channels_last(d), [3, 3], *geometry)
+
+    def applied(dtype: torch.dtype, device: str) -> Arguments:
+        x, w = _normal(dtype, device, images, weights)
+        return (channels_last(x), channels_last(w), None, *geometry)
+
+    grouped = {name: {"grouped torch convolution": registry()[name].reference} for name in ("conv_outer", "conv_apply")}
+    return [
+        OpCase("conv_outer", label, gradients, elements, flops, grouped["conv_outer"]),
+        OpCase("conv_apply", label, applied, elements, flops, grouped["conv_apply"]),
+    ]
+
+
 def _cross_entropy_cases(rows: int, classes: int) -> list[OpCase]:
     """A softmax head on ``rows`` predictions: with a draw, with its gradient, and the two derivatives."""
     label, size = f"R={rows} C={classes}", rows * classes
@@ -226,6 +256,9 @@ def gpu_cases(shrink: int = 1) -> list[OpCase]:
         *_norm_cases(8192 // shrink, 768, 1, 1, 8),
         *_norm_cases(32768 // shrink, 4096, 1, 1, 32),
         *_norm_cases(256 // min(shrink, 32), 256, 1024, 32, 8),
+        *_conv_cases(256, 64, 64, 32 // min(shrink, 4), 1, 8),
+        *_conv_cases(256, 128, 256, 16 // min(shrink, 4), 2, 8),
+        *_conv_cases(256, 512, 512, 4, 1, 8),
         *_cross_entropy_cases(8192 // shrink, 32768),
         *_cross_entropy_cases(8192 // shrink, 131072),
         *_cross_entropy_cases(4096 // shrink, 50257),

@@ -20,10 +20,12 @@ from fastreg.kernels._registry import (
     Op,
     backend,
     explain,
+    has_fast_form,
     registry,
 )
 from fastreg.kernels.affine_sqnorm import affine_sqnorm
 from fastreg.kernels.attention import attention_backward, attention_double_backward
+from fastreg.kernels.convolution import conv_apply, conv_outer
 from fastreg.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_backward,
@@ -52,6 +54,8 @@ __all__ = [
     "attention_backward",
     "attention_double_backward",
     "backend",
+    "conv_apply",
+    "conv_outer",
     "cross_entropy",
     "cross_entropy_backward",
     "cross_entropy_double_backward",
@@ -59,6 +63,7 @@ __all__ = [
     "cross_entropy_gradient_",
     "explain",
     "gelu_double_backward",
+    "has_fast_form",
     "index_sqnorm",
     "multi_axpy_",
     "multi_dot",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
@@ -207,6 +208,12 @@ def explain(op_name: str, *args: object) -> list[Candidate]:
         chosen = reason is None and not any(line.chosen for line in lines)
         lines.append(Candidate(implementation.name, chosen, reason))
     return lines
+
+
+def has_fast_form(op_name: str, x: Tensor) -> bool:
+    """Whether anything but the reference would be chosen for data of this dtype and on this device."""
+    *fast, _reference = _OPS[op_name].implementations
+    return any(implementation.refusal((x,)) is None for implementation in fast)
 
 
 def registry() -> Mapping[str, Op]:

@@ -33,6 +33,6 @@ def rounded(x, dtype: tl.constexpr):
     # The interpreter cuts bfloat16 off instead: half a unit in the last place is added for it, ties to even.
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(dtype)

@@ -82,6 +82,8 @@ def test_the_kernels_of_a_gpu_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> 
     # Attention has no kernels for a GPU yet.
     assert {op for op, chosen in launched if chosen == "native"} <= {"attention_backward", "attention_double_backward"}
     assert {("outer_apply", "triton"), ("segment_dot", "triton")} <= launched
+    step_gradient(BY_NAME["residual_conv"], PENALTIES["grad_norm"])
+    assert {("conv_outer", "triton"), ("conv_apply", "triton")} <= launched
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.micro_batches import MicroBatches
 from fastreg.rules import conv_maps
 from fastreg.rules.conv_gram import PixelGrid
+from fastreg.rules.conv_implicit import Implicit
 from fastreg.rules.conv_pointwise import Pointwise
 from fastreg.session import Phase
 from rule_oracle import learned, recorded
@@ -87,17 +88,19 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sliced": (Sliced, (3, 4, 4)),
 }
 
-FORMS = ["chosen", "gram", "stored"]
+FORMS = ["chosen", "gram", "stored", "implicit"]
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The form is chosen by cost, or forced by a price on storing or on pixel pairs."""
+    """The form is chosen by cost, or forced by a price on storing or on pixel pairs; or by the ops that a GPU has."""
     if request.param == "gram":
         for op in (conv_maps.Convolution, Pointwise):
             monkeypatch.setattr(op, "STORE_COST", 10**12)
-    elif request.param == "stored":
+    elif request.param != "chosen":
         monkeypatch.setattr(PixelGrid, "cost", lambda self, *sizes: 10**15)
+    if request.param == "implicit":
+        monkeypatch.setattr(Implicit, "serves", lambda x, axes, groups: axes <= 2 and groups == 1)
     return request.param
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import FastregError, UnsupportedOperation
+from fastreg.rules.conv_implicit import Implicit
 from fastreg.rules.conv_maps import Convolution
 from fastreg.rules.conv_pointwise import Pointwise
 from fastreg.rules.registry import route
@@ -34,8 +35,11 @@ def conv(
     if isinstance(padding, str):
         input, padding = _padded(input, weight, stride, padding, dilation)
     kernel, padding = tuple(weight.shape[2:]), _per_axis(padding, axes)
-    pointwise = max(kernel) == 1 and max(padding) == 0 and groups == 1
-    op = (Pointwise if pointwise else Convolution)(kernel, stride, padding, dilation, groups, False, (0,) * axes)
+    if max(kernel) == 1 and max(padding) == 0 and groups == 1:
+        form = Pointwise
+    else:
+        form = Implicit if Implicit.serves(input, axes, groups) else Convolution
+    op = form(kernel, stride, padding, dilation, groups, False, (0,) * axes)
     return tape.bilinear(op, input, weight, bias, autocast=True)
 
 

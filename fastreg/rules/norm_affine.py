@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastreg.kernels import norm_affine, norm_affine_backward, norm_affine_double_backward, registry
+from fastreg.kernels import has_fast_form, norm_affine, norm_affine_backward, norm_affine_double_backward
 from fastreg.micro_batches import Selection
 from fastreg.normalize import normalize_rows
 from fastreg.rules.affine import Scale
@@ -67,13 +67,7 @@ def fits(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> b
         return False
     present = [p for p in (weight, bias) if p is not None]
     tracked = weight is not None and all(tape.lineage(p) is not None for p in present)
-    return tracked and all(p.dtype == x.dtype for p in present) and _is_compiled_for(x)
-
-
-def _is_compiled_for(x: Tensor) -> bool:
-    """Whether a norm layer of this device and dtype has a faster form than the reference."""
-    *compiled, _reference = registry()["norm_affine"].implementations
-    return any(implementation.refusal((x,)) is None for implementation in compiled)
+    return tracked and all(p.dtype == x.dtype for p in present) and has_fast_form("norm_affine", x)
 
 
 def norm_affine_layer(tape: Tape, norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
