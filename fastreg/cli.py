@@ -38,6 +38,9 @@ COMMANDS = {
     "check": Command(
         "fastreg.check_cli", "which rule serves each parameter, and a self-test", "fastreg check --help"
     ),
+    "monitor": Command(
+        "fastreg.monitor_cli", "what was measured during training, as a table and as curves", "fastreg monitor run.csv"
+    ),
 }
 
 

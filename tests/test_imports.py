@@ -24,11 +24,18 @@ LAYERS = (
     ("fastreg.session", "fastreg.rules", "fastreg.recording"),
     ("fastreg.attach", "fastreg.chain", "fastreg.graph_walk"),
     ("fastreg.penalties",),
-    ("fastreg.self_check", "fastreg.stats", "fastreg.regularizer"),
+    ("fastreg.self_check", "fastreg.sinks", "fastreg.stats", "fastreg.regularizer"),
     ("fastreg.check",),
     ("fastreg", "fastreg.models"),
     ("fastreg.kernel_report",),
-    ("fastreg.recipes", "fastreg.benchmark", "fastreg.environment", "fastreg.check_cli", "fastreg.cli"),
+    (
+        "fastreg.recipes",
+        "fastreg.benchmark",
+        "fastreg.environment",
+        "fastreg.check_cli",
+        "fastreg.monitor_cli",
+        "fastreg.cli",
+    ),
 )
 
 
