@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastreg.optim.regularized import Regularized
 from fastreg.optim.sam import SAM
 
-__all__ = ["SAM"]
+__all__ = ["SAM", "Regularized"]
