@@ -9,19 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastreg.benchmark import cli, machine, measure, memory, report
-from fastreg.benchmark.gate import TOLERANCE, Reference, run_and_compare
-from fastreg.benchmark.methods import METHODS, Method
+from fastreg import kernels
+from fastreg.benchmark import cli, flops, machine, measure, memory, report
+from fastreg.benchmark.gate import TOLERANCE, Reference, gradient, relative_error, run_and_compare
+from fastreg.benchmark.methods import METHODS, Method, default_methods
 from fastreg.benchmark.peers import Step, double_backward, plain, sequential
 from fastreg.benchmark.presets import PRESETS, Preset, Problem
 from fastreg.benchmark.run import Settings, measure_cell
+from fastreg.benchmark.sam import RHO
 from fastreg.cli import main
 from fastreg.errors import FastregError
 from fastreg.models import GPT, GPTConfig, mlp, small_resnet
 
 QUICK = Settings(rounds=2, warm_up=1, peak_memory=False)
-EAGER = [name for name in METHODS if not name.endswith("_compiled")]
+EAGER = [
+    pytest.param(name, marks=pytest.mark.skipif(not method.installed, reason=f"{method.package} is not installed"))
+    for name, method in METHODS.items()
+    if not method.compiled
+]
 
 
 def _vectors(batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +63,37 @@ def tiny_presets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_method_passes_its_gate(model: str, name: str) -> None:
     problem = TINY[model].problem(2, dtype=torch.float64)
     _, error = run_and_compare(METHODS[name], problem, Reference(problem))
-    assert error <= TOLERANCE
+    assert error <= TOLERANCE + METHODS[name].rounding
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_sam_reference_ascends_by_rho_and_differentiates_there(m: int) -> None:
+    problem = TINY["mlp"].problem(m, dtype=torch.float64)
+    expected = torch.zeros_like(gradient(_after_plain(problem)))
+    for x, y in problem.chunks():
+        moved = _after_plain(dataclasses.replace(problem.copy(), inputs=x, targets=y))
+        flat = gradient(moved)
+        step = flat * (RHO / flat.norm())
+        assert float(step.norm()) == pytest.approx(0.05)
+        weights = list(moved.model.parameters())
+        vector = torch.nn.utils.parameters_to_vector(weights).detach() + step
+        torch.nn.utils.vector_to_parameters(vector, weights)
+        expected += gradient(_after_plain(moved)) / m
+    reference = Reference(problem)
+    assert relative_error(reference.m_sam_gradient, expected) < 1e-12
+    assert (relative_error(reference.sam_gradient, expected) < 1e-12) == (m == 1)
+
+
+def _after_plain(problem: Problem) -> Problem:
+    plain(problem).run()
+    return problem
+
+
+def test_sequential_m_sam_leaves_the_weights_as_they_were() -> None:
+    problem = TINY["gpt"].problem(2)
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    METHODS["sequential_m_sam"].prepare(problem).run()
+    assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), before, strict=True))
 
 
 def test_reference_gradients_match_difference_quotients() -> None:
@@ -121,6 +158,9 @@ def _wrong_norms(problem: Problem) -> Step:
         Method("wrong", "grad_norm", "weight off by a millionth", _scaled(1 + 1e-6)),
         Method("wrong", "grad_norm", "one entry is not a number", _not_a_number),
         Method("wrong", "loss", "a penalty nobody asked for", sequential),
+        Method("wrong", "m_sam", "one perturbation for all", METHODS["sam"].prepare),
+        Method("wrong", "sam", "a perturbation for each", METHODS["m_sam"].prepare),
+        Method("wrong", "sam", "no perturbation", plain),
         Method("wrong", "sample_norms", "right gradient, wrong norms", _wrong_norms),
     ],
     ids=lambda method: method.about.replace(" ", "-"),
@@ -156,6 +196,72 @@ def test_method_that_raises_is_reported_and_the_rest_is_measured(
     assert rows["broken"].message == "RuntimeError: no second derivative"
     assert rows["broken"].message in report.line(rows["broken"])
     assert rows["sequential"].ratio.p50 > 1
+
+
+def test_method_whose_package_is_missing_is_listed_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = dataclasses.replace(METHODS["package_sam"], package="no_such_package")
+    monkeypatch.setitem(METHODS, "package_sam", missing)
+    monkeypatch.setitem(PRESETS, "mlp", TINY["mlp"])
+    arguments = ["bench", "--model", "mlp", "--m", "2", "--suite", "sam", "--rounds", "1", "--no-memory"]
+    assert main([*arguments, "--threads", str(torch.get_num_threads())]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines if line.startswith("mlp ")] == [
+        "plain", "m_sam", "sequential_m_sam", "sam", "package_sam"
+    ]  # fmt: skip
+    assert lines[-1].endswith("not installed")
+
+
+def test_operations_of_sam_are_those_of_two_plain_steps() -> None:
+    # One hidden layer: 2 S I O each for y and dw, and for dx where there is one.
+    batch, layers = 4, ((6, 5), (5, 4))
+    products = sum(2 * batch * i * o for i, o in layers)
+    expected = 3 * products - 2 * batch * 6 * 5
+    rows = {row.method: row for row in measure_cell(TINY["mlp"], 2, default_methods("sam"), QUICK)}
+    assert rows["plain"].flops == expected
+    assert rows["sequential_m_sam"].flops_ratio == 2
+    assert rows["m_sam"].flops > expected
+
+
+@pytest.mark.parametrize("s", [3, 40])
+def test_operations_of_outer_ops_are_those_of_their_products(s: int) -> None:
+    q, v, offsets = torch.ones(2 * s, 16), torch.ones(2 * s, 24), [0, s, 2 * s]
+    pairs, gradients = 2 * s * 2 * s * (16 + 24), 2 * 2 * s * 16 * 24
+    assert flops.count(lambda: kernels.outer_sum(q, v, offsets)) == gradients
+    assert flops.count(lambda: kernels.outer_sqnorm(q, v, offsets)) == min(pairs, gradients)
+    assert flops.count(lambda: kernels.outer_apply(q, q, v, offsets)) == min(pairs, 2 * gradients)
+
+
+def test_operations_of_attention_are_those_of_its_products() -> None:
+    q, product = torch.ones(2, 3, 5, 8), 2 * 2 * 3 * 5 * 5 * 8
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
+    assert flops.count(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * product
+    assert flops.count(lambda: kernels.attention_backward(q, q, q, lse, out, 1.0, False)) == 5 * product
+    double = (q, q, q, lse, out, q, q, q, 1.0, False)
+    assert flops.count(lambda: kernels.attention_double_backward(*double)) == 12 * product
+
+
+def test_operations_of_segmented_convolutions_are_those_of_one() -> None:
+    x, weight = torch.ones(2, 3, 4, 7, 6), torch.ones(5, 4, 3, 2)
+    y = F.conv2d(x.flatten(0, 1), weight, padding=1).unflatten(0, (2, 3))
+    expected = flops.count(lambda: F.conv2d(x.flatten(0, 1), weight, padding=1))
+    assert flops.OURS["conv_apply"](x, weight.expand(2, -1, -1, -1, -1), None, [1, 1], out_val=y) == expected
+    assert flops.OURS["conv_outer"](x, y, [3, 2], [1, 1], [1, 1], [1, 1]) == expected
+
+
+def test_operations_of_a_grouped_convolution_are_those_of_its_groups() -> None:
+    def step(channels: int, groups: int, convolution: type[torch.nn.Module]) -> Callable[[], None]:
+        x = torch.ones(2, channels, 7, 5, requires_grad=True)
+        layer = convolution(channels, 2 * channels, (3, 2), stride=2, groups=groups)
+        return lambda: layer(x).sum().backward()
+
+    for convolution in (torch.nn.Conv2d, torch.nn.ConvTranspose2d):
+        of_one = flops.count(step(4, 1, convolution))
+        with FlopCounterMode(display=False) as counter:
+            step(4, 1, convolution)()
+        assert of_one == counter.get_total_flops() > 0
+        assert flops.count(step(12, 3, convolution)) == 3 * of_one
 
 
 def test_float64_problem_is_the_float32_one() -> None:

@@ -5,11 +5,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from fastreg.benchmark import machine, report
-from fastreg.benchmark.methods import METHODS
+from fastreg.benchmark.methods import METHODS, Suite, default_methods
 from fastreg.benchmark.presets import PRESETS, Preset
 from fastreg.benchmark.report import Row
 from fastreg.benchmark.run import Settings, measure_cell
@@ -27,6 +28,7 @@ EPILOG = "\n".join(
           for p in PRESETS.values()),
         "example:",
         "  fastreg bench --model gpt --m 8 --methods exact sequential --json gpt.json",
+        "  fastreg bench --model mlp2048 --m 16 --suite sam",
     ]
 )
 
@@ -42,16 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastreg bench``."""
     parser.description = (
         "Time whole training steps. Every method first shows its float64 gradient to be right; "
-        "then rounds interleave all methods. ratio: to the plain step of the same round."
+        "then rounds interleave all methods. ratio: to the plain step of the same round; flops: those "
+        "of products and convolutions, to the plain step's."
     )
     parser.epilog = EPILOG
-    default = [m.name for m in METHODS.values() if m.by_default]
     add = parser.add_argument
     add("--model", choices=[*PRESETS, "all"], default="all")
     add("--m", type=_positive, nargs="+", default=[8, 32], metavar="M",
         help="micro-batches of a batch, at most one per sample (default: 8 32)")
-    add("--methods", nargs="+", choices=[*METHODS], default=default, metavar="METHOD",
-        help=f"default: {' '.join(default)}")
+    add("--suite", choices=get_args(Suite), default="penalty",
+        help="what to compare: penalties on gradients, or sharpness-aware minimisation (default: penalty)")
+    add("--methods", nargs="+", choices=[*METHODS], metavar="METHOD", help="default: those of the suite")
     add("--rounds", type=_positive, default=11, metavar="N", help="timed rounds (default: 11)")
     add("--threads", type=_positive, default=os.cpu_count(), metavar="N",
         help="CPU threads (default: all cores)")
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     for preset in _presets(args.model):
         print(f"\n{preset.name}: {preset.about}\n{report.HEADER}", flush=True)
         for m in _micro_batches(preset, args.m):
-            cell = measure_cell(preset, m, args.methods, settings)
+            cell = measure_cell(preset, m, _methods(args), settings)
             _note("")
             print("\n".join(report.line(row) for row in cell), flush=True)
             rows += cell
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
                 report.write_json(args.json, rows, here, _settings(args))
     if args.plot:
         report.draw(args.plot, rows, f"{here['device']}, torch {torch.__version__}, {args.dtype}")
-    return int(any(row.status != "ok" for row in rows))
+    return int(any(row.status in ("wrong", "failed") for row in rows))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -116,6 +119,10 @@ def _presets(model: str) -> list[Preset]:
     return [PRESETS[model]]
 
 
+def _methods(args: argparse.Namespace) -> list[str]:
+    return args.methods or default_methods(args.suite)
+
+
 def _micro_batches(preset: Preset, wanted: list[int]) -> list[int]:
     """The wanted counts, no more than one micro-batch per sample, each once."""
     return list(dict.fromkeys(min(m, preset.batch) for m in wanted))
@@ -126,5 +133,5 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
         "command": shlex.join(["fastreg", *sys.argv[1:]]),
         "rounds": args.rounds,
         "dtype": args.dtype,
-        "methods": args.methods,
+        "methods": _methods(args),
     }

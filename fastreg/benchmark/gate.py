@@ -9,10 +9,11 @@ import torch
 from fastreg.benchmark.methods import Method
 from fastreg.benchmark.peers import Step, double_backward, plain
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
+from fastreg.benchmark.sam import RHO
 
-# Relative error of the penalty's gradient in float64. Exact methods differ from the reference by
-# rounding only, about 1e-13 here after a second derivative; a method that drops a term, or that
-# replaces one by a difference quotient, is off by 1e-6 or more.
+# Relative error in float64 of what a method adds to the gradient of the loss. Exact methods differ
+# from the reference by rounding only, about 1e-13 here after a second derivative; a method that
+# drops a term, or that replaces one by a difference quotient, is off by 1e-6 or more.
 TOLERANCE = 1e-9
 
 
@@ -60,6 +61,33 @@ class Reference:
         return gradient(self.problem) - self.loss_gradient
 
     @functools.cached_property
+    def sam_gradient(self) -> torch.Tensor:
+        """Gradient at weights perturbed along that of the batch, ``[P]``."""
+        return self._perturbed_gradient(1)
+
+    @functools.cached_property
+    def m_sam_gradient(self) -> torch.Tensor:
+        """Mean over micro-batches of their gradients, each at weights perturbed along itself, ``[P]``."""
+        return self._perturbed_gradient(self.problem.micro_batches)
+
+    def _perturbed_gradient(self, micro_batches: int) -> torch.Tensor:
+        weights = dict(self.problem.model.named_parameters())
+        found = []
+        for x, y in dataclasses.replace(self.problem, micro_batches=micro_batches).chunks():
+            direction = self._gradient_at(weights, x, y)
+            length = sum(g.square().sum() for g in direction.values()).sqrt()
+            moved = {n: (w + RHO / length * direction[n]).detach().requires_grad_() for n, w in weights.items()}
+            found.append(torch.cat([g.flatten() for g in self._gradient_at(moved, x, y).values()]))
+        return torch.stack(found).mean(0)
+
+    def _gradient_at(
+        self, weights: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        outputs = torch.func.functional_call(self.problem.model, weights, (x,))
+        grads = torch.autograd.grad(mean_cross_entropy(outputs, y), list(weights.values()))
+        return dict(zip(weights, grads, strict=True))
+
+    @functools.cached_property
     def sample_norms(self) -> torch.Tensor:
         """Squared norms ``[B]`` of the gradients of the samples' own losses."""
         parameters = list(self.problem.model.parameters())
@@ -79,7 +107,7 @@ class Reference:
     def error(self, method: Method, problem: Problem, step: Step) -> float:
         """Relative error of what the last run of ``step`` left behind.
 
-        The gradient of the loss is subtracted first, so the error is that of the penalty's part.
+        The gradient of the loss is subtracted first, so the error is that of what the method adds.
         """
         found = gradient(problem)
         if method.computes in ("loss", "sample_norms"):
@@ -87,6 +115,9 @@ class Reference:
             if method.computes == "loss":
                 return error
             return max(error, relative_error(step.sq_norms().double(), self.sample_norms))
+        if method.computes in ("sam", "m_sam"):
+            expected = self.sam_gradient if method.computes == "sam" else self.m_sam_gradient
+            return relative_error(found - self.loss_gradient, expected - self.loss_gradient)
         if method.computes == "grad_norm":
             expected = self.grad_norm_gradient
         else:

@@ -1,18 +1,20 @@
 """The methods that ``fastreg bench`` can measure: ours here, the others from :mod:`peers`."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 import fastreg
-from fastreg.benchmark import peers
+from fastreg.benchmark import peers, sam
 from fastreg.benchmark.peers import Step, plain
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
 from fastreg.stats import RidingNorms
 
-Quantity = Literal["loss", "grad_norm", "fisher", "sample_norms"]
+Quantity = Literal["loss", "grad_norm", "fisher", "sample_norms", "sam", "m_sam"]
+Suite = Literal["penalty", "sam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +25,16 @@ class Method:
         name: what ``--methods`` calls it.
         computes: whose gradient it leaves in ``.grad``: that of the loss, or of loss + weight * R
             with R the squared gradient norm or the Fisher trace; ``"sample_norms"`` is the
-            gradient of the loss and every sample's squared gradient norm.
+            gradient of the loss and every sample's squared gradient norm; ``"sam"`` and ``"m_sam"``
+            are the gradient at weights perturbed along that of the batch, or of each micro-batch.
         about: one line for ``--help`` and the report.
         prepare: makes the step of a problem; the problem's model is the step's own.
         by_default: measured when ``--methods`` is not given.
+        suite: the ``--suite`` that this is one of.
+        compiled: whether it runs under ``torch.compile``, below what counts its operations.
+        package: what must be installed for it, beyond what fastreg needs.
+        rounding: relative error that it is allowed beyond the gate's tolerance, because it computes
+            in float32 whatever the dtype is.
     """
 
     name: str
@@ -34,6 +42,15 @@ class Method:
     about: str
     prepare: Callable[[Problem], Step]
     by_default: bool = True
+    suite: Suite = "penalty"
+    compiled: bool = False
+    package: str | None = None
+    rounding: float = 0.0
+
+    @property
+    def installed(self) -> bool:
+        """Whether this can run here."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
 def plain_norms(problem: Problem) -> Step:
@@ -114,6 +131,7 @@ METHODS: dict[str, Method] = {
             "the same under torch.compile",
             peers.functorch_compiled,
             by_default=False,
+            compiled=True,
         ),
         Method(
             "plain_compiled",
@@ -121,6 +139,32 @@ METHODS: dict[str, Method] = {
             "the plain step of torch.compile(model)",
             peers.plain_compiled,
             by_default=False,
+            compiled=True,
+        ),
+        Method("m_sam", "m_sam", "fastreg.optim.SAM, a perturbation per micro-batch", sam.m_sam, suite="sam"),
+        Method(
+            "sequential_m_sam",
+            "m_sam",
+            "SAM on one micro-batch after another, torch._foreach_*",
+            sam.sequential_m_sam,
+            suite="sam",
+        ),
+        Method("sam", "sam", "fastreg.optim.SAM, one perturbation", sam.sam, suite="sam"),
+        Method(
+            "package_sam",
+            "sam",
+            "pytorch_optimizer.SAM, one perturbation",
+            sam.package_sam,
+            suite="sam",
+            package="pytorch_optimizer",
+            # It takes the norm of the gradient in float32.
+            rounding=1e-6,
         ),
     )
 }
+
+
+def default_methods(suite: Suite) -> list[str]:
+    """What a suite measures when no methods are named; the plain step is among them."""
+    found = [m.name for m in METHODS.values() if m.suite == suite and m.by_default]
+    return list(dict.fromkeys(("plain", *found)))

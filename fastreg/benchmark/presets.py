@@ -77,7 +77,7 @@ class Preset:
         build: makes the model.
         draw: makes ``(inputs, targets)`` from a generator.
         batch: samples of the batch.
-        by_default: measured by ``--model all``; the others are sized for a GPU.
+        by_default: measured by ``--model all``; the others are larger.
     """
 
     name: str
@@ -169,6 +169,14 @@ PRESETS: dict[str, Preset] = {
             lambda: GPT(SMALL_GPT),
             _tokens(SMALL_GPT),
             batch=8,
+        ),
+        Preset(
+            "mlp2048",
+            "784-2048-2048-10 ReLU, batch 512",
+            lambda: mlp((784, 2048, 2048, 10)),
+            _vectors(784),
+            batch=512,
+            by_default=False,
         ),
         Preset(
             "resnet18",

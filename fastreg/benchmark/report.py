@@ -22,30 +22,36 @@ class Row:
         m: micro-batches.
         method: method's name.
         status: ``"ok"``; ``"wrong"`` if the error is above the tolerance, ``"failed"`` if the
-            step raised. Only rows that are ok are timed.
-        error_float64: relative error of the penalty's gradient in float64, which the gate judges.
+            step raised, ``"not installed"`` if its package is missing. Only rows that are ok are
+            timed.
+        error_float64: relative error in float64 of what the method adds to the gradient of the
+            loss, which the gate judges.
         error: the same in the dtype that is timed.
         message: what a failed step raised.
         seconds: time of a step.
         ratio: median over rounds of the time over that of the plain step in the same round.
+        flops: floating point operations of a step, None for a compiled one.
+        flops_ratio: those over the plain step's.
         peak_bytes: memory that the step needs beyond what is held before it.
     """
 
     model: str
     m: int
     method: str
-    status: Literal["ok", "wrong", "failed"] = "ok"
+    status: Literal["ok", "wrong", "failed", "not installed"] = "ok"
     error_float64: float | None = None
     error: float | None = None
     message: str | None = None
     seconds: Spread | None = None
     ratio: Spread | None = None
+    flops: int | None = None
+    flops_ratio: float | None = None
     peak_bytes: int | None = None
 
 
 HEADER = (
     f"{'model':<8}{'m':>4}  {'method':<20}{'error64':>9}{'error':>9}"
-    f"{'ms p20':>9}{'p50':>9}{'p80':>9}{'ratio':>8}{'p20-p80':>13}{'MB':>9}"
+    f"{'ms p20':>9}{'p50':>9}{'p80':>9}{'ratio':>8}{'p20-p80':>13}{'flops':>8}{'MB':>9}"
 )
 
 
@@ -53,6 +59,8 @@ def line(row: Row) -> str:
     """The row as a line under :data:`HEADER`."""
     start = f"{row.model:<8}{row.m:>4}  {row.method:<20}"
     start += f"{_number(row.error_float64, '.0e'):>9}"
+    if row.status == "not installed":
+        return f"{start}  not installed"
     if row.status == "wrong":
         return f"{start}  WRONG: not timed"
     if row.status == "failed":
@@ -62,7 +70,7 @@ def line(row: Row) -> str:
         f"{start}{_number(row.error, '.0e'):>9}"
         f"{1e3 * row.seconds.p20:>9.1f}{1e3 * row.seconds.p50:>9.1f}{1e3 * row.seconds.p80:>9.1f}"
         f"{row.ratio.p50:>8.2f}{f'{row.ratio.p20:.2f}-{row.ratio.p80:.2f}':>13}"
-        f"{_number(memory, '.1f'):>9}"
+        f"{_number(row.flops_ratio, '.2f'):>8}{_number(memory, '.1f'):>9}"
     )
 
 
