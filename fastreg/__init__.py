@@ -8,6 +8,7 @@ from fastreg.check import check
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.graph_walk import trust
 from fastreg.kernels import backend, explain
+from fastreg.monitor import Monitor
 from fastreg.penalties import FisherTrace, GradNorm, Penalty
 from fastreg.regularizer import Regularizer
 from fastreg.stats import fisher_trace, micro_batch_grad_norms, per_sample_grad_norms
@@ -16,6 +17,7 @@ __all__ = [
     "FastregError",
     "FisherTrace",
     "GradNorm",
+    "Monitor",
     "Penalty",
     "Regularizer",
     "UnsupportedOperation",

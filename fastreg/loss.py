@@ -43,9 +43,10 @@ class Reduction:
         """``1 / r_k^2``, ``[m]``; 0 for a micro-batch without counts, whose rows are all zero."""
         if self.counts is None:
             return _factors_of_sizes(cut.samples, cut.size, self.kind, self.scale, like.device, like.dtype)
-        return _factors(self._sizes(cut, like), self.kind, self.scale)
+        return _factors(self.sizes(cut, like), self.kind, self.scale)
 
-    def _sizes(self, cut: MicroBatches, like: Tensor) -> Tensor:
+    def sizes(self, cut: MicroBatches, like: Tensor) -> Tensor:
+        """Counts of each micro-batch, ``[m]``."""
         if not isinstance(self.counts, Tensor) or self.counts.shape != (cut.samples,):
             got = tuple(self.counts.shape) if isinstance(self.counts, Tensor) else self.counts
             raise FastregError(f"reg: counts must be a tensor of shape ({cut.samples},), one per sample, got {got}")

@@ -40,6 +40,7 @@ class Recorder(TorchFunctionMode):
         keeps_outputs: set it to have the model's last outputs in ``outputs``, until they are taken away.
         trace: set it to a list to have recorded operations noted there.
         on_open: set it to be called with every new session before anything is recorded in it.
+        on_outputs: set it to be called with the session and the model's outputs after every forward of the model.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Recorder(TorchFunctionMode):
         self.keeps_outputs = False
         self.outputs: object = None
         self.on_open: Callable[[Session], None] | None = None
+        self.on_outputs: Callable[[Session, object], None] | None = None
         self._tape: Tape | None = None
         self._entered: list[nn.Module | None] = []
         owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
@@ -97,6 +99,8 @@ class Recorder(TorchFunctionMode):
             self.__exit__(None, None, None)
         if module is self.model and torch._C._current_graph_task_id() == -1:
             self.outputs = output if self.keeps_outputs else None
+            if self.on_outputs is not None:
+                self.on_outputs(self.session, output)
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch._C._current_graph_task_id() != -1 and self._tape is not None:
@@ -106,7 +110,7 @@ class Recorder(TorchFunctionMode):
                 "recording: a DistributedDataParallel model must be called itself, got a call of a module inside it "
                 "(gradients of such a forward are never reduced)"
             )
-        samples = _batch_size(args, kwargs)
+        samples = batch_size(args, kwargs)
         known = self.session
         if known is not None and known.open and known.micro_batches.samples == samples:
             if module is self.model:
@@ -212,7 +216,8 @@ def _carries_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _batch_size(args: tuple, kwargs: dict) -> int:
+def batch_size(args: tuple, kwargs: dict) -> int:
+    """B, from the first tensor among the arguments of a module."""
     for tensor in tensors_in((*args, *kwargs.values())):
         if tensor.dim():
             return tensor.shape[0]

@@ -61,6 +61,7 @@ class Session:
             parameter is involved.
         directions: where backward passes in the phase ``DIRECTIONS`` leave them.
         perturbation: what operations of this forward are perturbed by, or None.
+        beside: whether torch's own operations compute outputs and gradients, and norms are computed beside them.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Session:
         self.first_order = False
         self.directions: Perturbation | None = None
         self.perturbation: Perturbation | None = None
+        self.beside = False
 
     @property
     def open(self) -> bool:

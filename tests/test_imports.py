@@ -25,6 +25,7 @@ LAYERS = (
     ("fastreg.attach", "fastreg.chain", "fastreg.graph_walk"),
     ("fastreg.penalties",),
     ("fastreg.self_check", "fastreg.sinks", "fastreg.stats", "fastreg.regularizer"),
+    ("fastreg.monitor",),
     ("fastreg.check",),
     ("fastreg", "fastreg.models"),
     ("fastreg.kernel_report",),

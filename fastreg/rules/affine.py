@@ -6,6 +6,7 @@ one read of ``x`` and ``d``, and used in place of a Gram form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -184,3 +185,18 @@ def affine(tape: Tape, xhat: Tensor, weight: Tensor | None, bias: Tensor | None,
     if tape.lineage(weight) is None and tape.lineage(bias) is None:
         return scale.forward(xhat, weight, bias)
     return tape.bilinear(scale, xhat, weight, bias)
+
+
+def tap_affine(
+    tape: Tape,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Scale,
+    normalized: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """``y = normalized(x) * w + b`` as torch computed it, tapped if a parameter of it is tracked."""
+    if tape.lineage(weight) is None and tape.lineage(bias) is None:
+        return y
+    return tape.tap(tape.use(scale, x, weight, bias), y, x, weight, bias, normalized)

@@ -6,6 +6,8 @@ of one micro-batch; so does the rule (ghost batch norm, Hoffer et al. 2017, arXi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from fastreg.errors import FastregError
 from fastreg.normalize import normalize_micro_batches
 from fastreg.micro_batches import MicroBatches
-from fastreg.rules.affine import Scale, affine, differentiated, refuse_parameter
+from fastreg.rules.affine import Scale, affine, differentiated, refuse_parameter, tap_affine
 from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
 
@@ -33,10 +35,19 @@ def batch_norm(
     """``F.batch_norm``; in training mode running statistics take one step per micro-batch, in order."""
     scale = Scale(input.dim() - 2)
     if not training:
+        plain = partial(F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
         if not differentiated(tape, input, weight, bias):
-            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return affine(tape, standardize(input, running_mean, running_var, eps), weight, bias, scale)
+            return plain()
+        standard = partial(standardize, mean=running_mean, var=running_var, eps=eps)
+        if tape.session.beside:
+            return tap_affine(tape, plain(), input, weight, bias, scale, standard)
+        return affine(tape, standard(input), weight, bias, scale)
     refuse_parameter(tape, input)
+    if tape.session.beside:
+        raise FastregError(
+            "batch_norm: a monitored layer must not couple the samples of a batch, got one in training mode (choose "
+            "micro_batch_size=None, which takes every backward pass for a micro-batch, or use GroupNorm)"
+        )
     cut = tape.session.micro_batches
     values = _values_per_channel(cut, input)
     xhat, mean, var = normalize_micro_batches(input, cut, eps)

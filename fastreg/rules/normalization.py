@@ -7,6 +7,8 @@ too: torch's double backward of a norm layer is a composite that costs several t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
-from fastreg.rules.affine import Scale, affine, differentiated, refuse_parameter
+from fastreg.rules.affine import Scale, affine, differentiated, refuse_parameter, tap_affine
 from fastreg.rules.batch_norm import standardize, update_running
 from fastreg.rules.norm_affine import Norm, fits, norm_affine_layer
 from fastreg.rules.registry import route
@@ -32,11 +34,12 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     """``F.layer_norm``."""
+    plain = partial(F.layer_norm, input, normalized_shape, weight, bias, eps)
     if not differentiated(tape, input, weight, bias):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return plain()
     x = _autocast_float(input)
     norm = Norm(_width(x, normalized_shape), 1, 1, eps, center=True)
-    return _normalized_affine(tape, norm, x, weight, bias)
+    return _normalized_affine(tape, norm, x, weight, bias, plain)
 
 
 @route(F.rms_norm, torch.rms_norm, always=True, second_order=True)
@@ -44,12 +47,13 @@ def rms_norm(
     tape: Tape, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """``F.rms_norm``."""
+    plain = partial(F.rms_norm, input, normalized_shape, weight, eps)
     if not differentiated(tape, input, weight, None):
-        return F.rms_norm(input, normalized_shape, weight, eps)
+        return plain()
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     norm = Norm(_width(input, normalized_shape), 1, 1, eps, center=False)
-    return _normalized_affine(tape, norm, input, weight, None)
+    return _normalized_affine(tape, norm, input, weight, None, plain)
 
 
 @route(F.group_norm, torch.group_norm, always=True, second_order=True)
@@ -63,11 +67,12 @@ def group_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     """``F.group_norm``."""
+    plain = partial(F.group_norm, input, num_groups, weight, bias, eps)
     if not differentiated(tape, input, weight, bias):
-        return F.group_norm(input, num_groups, weight, bias, eps)
+        return plain()
     x = _autocast_float(input)
     norm = Norm(x.shape[1], prod(x.shape[2:]), num_groups, eps, center=True, trailing=x.dim() - 2)
-    return _normalized_affine(tape, norm, x, weight, bias)
+    return _normalized_affine(tape, norm, x, weight, bias, plain)
 
 
 @route(F.instance_norm, always=True)
@@ -85,12 +90,18 @@ def instance_norm(
     """``F.instance_norm``; running statistics take one step per micro-batch."""
     refuse_parameter(tape, input)
     trailing = input.dim() - 2
+    plain = partial(
+        F.instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
     if not use_input_stats:
-        return affine(tape, standardize(input, running_mean, running_var, eps), weight, bias, Scale(trailing))
-    if running_mean is not None:
+        standard = partial(standardize, mean=running_mean, var=running_var, eps=eps)
+        if tape.session.beside:
+            return tap_affine(tape, plain(), input, weight, bias, Scale(trailing), standard)
+        return affine(tape, standard(input), weight, bias, Scale(trailing))
+    if running_mean is not None and not tape.session.beside:
         update_running(running_mean, running_var, _instance_statistics(tape, input), momentum)
     norm = Norm(input.shape[1], prod(input.shape[2:]), input.shape[1], eps, center=True, trailing=trailing)
-    return _normalized_affine(tape, norm, input, weight, bias)
+    return _normalized_affine(tape, norm, input, weight, bias, plain)
 
 
 @route(torch.instance_norm, always=True)
@@ -110,7 +121,12 @@ def torch_instance_norm(
     return instance_norm(tape, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
-def _normalized_affine(tape: Tape, norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _normalized_affine(
+    tape: Tape, norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, plain: Callable[[], Tensor]
+) -> Tensor:
+    """The layer, of which ``plain`` is torch's own form."""
+    if tape.session.beside:
+        return tap_affine(tape, plain(), x, weight, bias, Scale(norm.trailing), norm.normalized)
     if fits(tape, x, weight, bias):
         return norm_affine_layer(tape, norm, x, weight, bias)
     return affine(tape, norm.normalized(x), weight, bias, Scale(norm.trailing))

@@ -12,6 +12,7 @@ exact penalty one batched pass. With ``d`` the gradient of the loss with respect
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,59 @@ class Routed(Function):
         if use.session.phase is not Phase.PLAIN:
             deposit_shared(use, x, d, weight, bias)
         return None, *RoutedBackward.apply(use, wanted, d, x, weight, bias)
+
+
+class Tap(Function):
+    """The identity on an operation's output; the gradient passes as it is, and squared norms are taken from it.
+
+    Outputs and gradients are then those of torch's own operation, bit for bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        use: Use,
+        before: Callable[[Tensor], Tensor] | None,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        probe: Tensor,
+    ) -> Tensor:
+        ctx.use, ctx.before = use, before
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias)
+        # Not a view, which an operation in place on the output would not be allowed to change.
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d: Tensor | None):
+        use, session, (x, weight, bias) = ctx.use, ctx.use.session, ctx.saved_tensors
+        squared = None
+        if d is not None and session.phase is not Phase.PLAIN:
+            x = x if ctx.before is None else ctx.before(x)
+            deposit_shared(use, x, d, weight, bias)
+            norms = Parts(use.alone(use.weight), use.alone(use.bias))
+            if any(norms):
+                squared = _norms_beside(use, norms, use.op.laid_out(d), x, weight, bias).to(session.probe.dtype)
+        return None, None, d, None, None, None, squared
+
+
+def _norms_beside(
+    use: Use, norms: Parts, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Squared norms ``[m]``, noted for each parameter if asked for."""
+    session = use.session
+    if session.per_parameter is None:
+        return use.op.norms(x, d, weight, bias, norms, session.micro_batches)
+    total = None
+    for lineage, part in ((use.weight, Parts(norms.weight, False)), (use.bias, Parts(False, norms.bias))):
+        if any(part):
+            squared = use.op.norms(x, d, weight, bias, part, session.micro_batches)
+            session.add_norms(lineage.key, squared)
+            total = squared if total is None else total + squared
+    return total
 
 
 def wanted_by(use: Use, needs: tuple[bool, ...]) -> Wanted:

@@ -11,7 +11,7 @@ from fastreg.errors import UnsupportedOperation
 from fastreg.rules.bilinear import Bilinear
 from fastreg.rules.joining import Root
 from fastreg.rules.perturbation import Perturbed
-from fastreg.rules.routing import Routed
+from fastreg.rules.routing import Routed, Tap
 from fastreg.rules.use import Lineage, Use
 from fastreg.session import Session, Traced
 
@@ -112,8 +112,22 @@ class Tape:
 
     def enter(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The operation as a node of the graph: recorded, or at perturbed weights."""
+        if self.session.beside:
+            return self.tap(use, use.op.forward(x, weight, bias), x, weight, bias)
         perturbation = self.session.perturbation
         direction = None if perturbation is None else perturbation.of(use)
         if direction is None:
             return Routed.apply(use, x, weight, bias, self.root)
         return Perturbed.apply(use, direction, perturbation.factors, x, weight, bias)
+
+    def tap(
+        self,
+        use: Use,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        before: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """``y = op(before(x), weight, bias)`` as torch computed it, with squared norms taken when its gradient passes."""
+        return Tap.apply(use, before, y, *(None if t is None else t.detach() for t in (x, weight, bias)), self.root)
