@@ -4,41 +4,28 @@
 
 #include <algorithm>
 
-#include "buffer.h"
 #include "isa.h"
 #include "parallel.h"
+#include "row_pairs.h"
 
 namespace fastreg {
 namespace {
-
-// Columns packed at once: a block of 256 columns of 256 rows is 256 KB, within a level 2 cache.
-constexpr std::int64_t kColumns = 256;
 
 template <class G, class T>
 struct Segment {
   const OuterApply<T>& p;
   bool symmetric;
+  RowPairs<G, T> pairs;
   std::int64_t stride;
-  Buffer<T> weights, left, right;
+  Buffer<T> weights;
 
   Segment(const OuterApply<T>& p, std::int64_t longest)
-      : p(p),
-        symmetric(p.q == p.k),
-        stride((longest + G::WIDTH - 1) / G::WIDTH * G::WIDTH),
-        weights(make_buffer<T>(longest * stride)),
-        left(make_buffer<T>(G::packed(longest, std::max(longest, kColumns), G::TALL))),
-        right(make_buffer<T>(std::max(G::packed(longest, kColumns, G::WIDTH), G::packed(kColumns, longest, G::WIDTH)))) {}
+      : p(p), symmetric(p.q == p.k), pairs(longest), stride(pairs.stride), weights(pairs.products(longest)) {}
 
   // weights = q k^T + bias; the upper half mirrors the lower one if they are symmetric
   FASTREG_INLINE void fill_weights(std::int64_t begin, std::int64_t size) {
-    for (std::int64_t i = 0; i < p.inputs; i += kColumns) {
-      const std::int64_t depth = std::min(kColumns, p.inputs - i);
-      const std::int64_t at = begin * p.inputs + i;
-      G::template pack_columns<G::TALL>(p.q + at, p.inputs, size, depth, left.get());
-      G::template pack_columns<G::WIDTH>(p.k + at, p.inputs, size, depth, right.get());
-      G::multiply({left.get(), right.get(), size, size, depth, weights.get(), stride, T(1), i > 0,
-                   symmetric ? Band::kLower : Band::kFull});
-    }
+    const std::int64_t at = begin * p.inputs;
+    pairs.multiply(p.q + at, p.k + at, p.inputs, size, symmetric ? Band::kLower : Band::kFull, weights.get());
     const T bias = p.bias ? T(1) : T(0);
     for (std::int64_t s = 0; s < size; ++s) {
       const std::int64_t known = symmetric ? s + 1 : size;
@@ -51,15 +38,15 @@ struct Segment {
   FASTREG_INLINE void run(std::int64_t begin, std::int64_t size) {
     fill_weights(begin, size);
     if (symmetric) {
-      G::template pack_rows<G::TALL>(weights.get(), stride, size, size, left.get());
+      G::template pack_rows<G::TALL>(weights.get(), stride, size, size, pairs.left.get());
     } else {
-      G::template pack_columns<G::TALL>(weights.get(), stride, size, size, left.get());
+      G::template pack_columns<G::TALL>(weights.get(), stride, size, size, pairs.left.get());
     }
     for (std::int64_t o = 0; o < p.outputs; o += kColumns) {
       const std::int64_t columns = std::min(kColumns, p.outputs - o);
       const std::int64_t at = begin * p.outputs + o;
-      G::template pack_rows<G::WIDTH>(p.v + at, p.outputs, columns, size, right.get());
-      G::multiply({left.get(), right.get(), size, columns, size, p.out + at, p.outputs, T(1), false, Band::kFull});
+      G::template pack_rows<G::WIDTH>(p.v + at, p.outputs, columns, size, pairs.right.get());
+      G::multiply({pairs.left.get(), pairs.right.get(), size, columns, size, p.out + at, p.outputs, T(1), false, Band::kFull});
     }
   }
 };

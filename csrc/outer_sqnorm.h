@@ -22,4 +22,8 @@ struct OuterSqnorm {
 template <class T>
 void outer_sqnorm(const OuterSqnorm<T>& p);
 
+// The same, made for tens to hundreds of rows per segment.
+template <class T>
+void outer_sqnorm_packed(const OuterSqnorm<T>& p);
+
 }  // namespace fastreg

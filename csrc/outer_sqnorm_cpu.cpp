@@ -13,6 +13,8 @@ namespace {
 
 constexpr int kLeft = 2;
 constexpr int kRight = 4;
+// Longest segment whose products are cheaper without packing.
+constexpr std::int64_t kShort = 16;
 
 // Rows first, first + 1, ... clamped to the last row; a clamped row is computed and not counted.
 template <int N, class T>
@@ -83,6 +85,9 @@ FASTREG_CLONES void segment_range_clone(const OuterSqnorm<double>& p, std::int64
 template <class T>
 void outer_sqnorm(const OuterSqnorm<T>& p) {
   const std::int64_t rows = p.offsets[p.segments];
+  std::int64_t longest = 0;
+  for (std::int64_t k = 0; k < p.segments; ++k) longest = std::max(longest, p.offsets[k + 1] - p.offsets[k]);
+  if (longest > kShort) return outer_sqnorm_packed(p);
   const std::int64_t mean_rows = std::max<std::int64_t>(1, rows / p.segments);
   const std::int64_t segment_work = mean_rows * mean_rows * (p.inputs + p.outputs) / 2 + 1;
   const std::int64_t grain = std::max<std::int64_t>(1, (1 << 14) / segment_work);

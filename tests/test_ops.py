@@ -179,6 +179,7 @@ LARGE: dict[str, list[tuple[object, ...]]] = {
     "outer_sqnorm": [
         (normal(1425, 70), normal(1425, 45), UNEVEN, True),
         (normal(600, 200), normal(600, 300), list(range(0, 601, 6)), True),
+        (normal(700, 700), normal(700, 530), [0, 40, 40, 190, 400, 700], True),
     ],
     "outer_apply": [
         (normal(600, 200), normal(600, 200), normal(600, 70), list(range(0, 601, 6)), True, None, None),

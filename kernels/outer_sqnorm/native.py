@@ -15,9 +15,12 @@ from fastreg.kernels.outer_sqnorm.reference import prefers_quadratic
 _PAIRS = _native.calls("outer_sqnorm")
 _TILES = _native.calls("outer_sum")
 
-# Rows per segment up to which pairs of rows beat batched matrix products: 1.1 to 4 times at 1 to 16
-# rows, 1.4 to 1.7 at 32, 0.7 to 0.9 at 128 (I and O from 128 to 1,024, float32, one thread).
-LONGEST_PAIRS = 32
+# Rows per segment up to which pairs of rows beat batched matrix products, which form both halves of a symmetric
+# product: 1.1 to 4 times at 1 to 32 rows, 1.3 to 1.7 at 64 to 512 (I and O from 256 to 1,024, float32). Beyond, the
+# pairs of a segment leave the cache.
+LONGEST_PAIRS = 512
+# Rows per segment up to which pairs beside torch's product beat tiles that make both.
+LONGEST_BESIDE = 16
 # From here on the operands come from memory, and a narrow product is bound by packing them, which the
 # batched products do better: 0.4 to 0.95 of their speed at 4,096 rows and more.
 FEWEST_STREAMED_ROWS = 4096
@@ -31,7 +34,7 @@ def mean_rows(a: Tensor, offsets: Sequence[int]) -> float:
 
 def prefers_pairs(size: float, inputs: int, outputs: int) -> bool:
     """Whether pairs beat tiles: tiles run at twice the rate, but not on segments of few rows."""
-    return size <= LONGEST_PAIRS / 2 and 2 * size * (inputs + outputs) < inputs * outputs
+    return size <= LONGEST_BESIDE and 2 * size * (inputs + outputs) < inputs * outputs
 
 
 def streamed(a: Tensor, d: Tensor) -> str | None:
@@ -67,7 +70,7 @@ def outer_sqnorm(a: Tensor, d: Tensor, offsets: Sequence[int], bias: bool) -> Te
     """``a [S, I], d [S, O] -> sq [m]``."""
     a, d, found = a.contiguous(), d.contiguous(), of(offsets)
     size = mean_rows(a, offsets)
-    if size <= LONGEST_PAIRS and prefers_quadratic(size, a.shape[1], d.shape[1]):
+    if prefers_quadratic(size, a.shape[1], d.shape[1]):
         return pairs(a, d, found, bias)
     return tiles(a, d, found, bias)
 
@@ -75,9 +78,11 @@ def outer_sqnorm(a: Tensor, d: Tensor, offsets: Sequence[int], bias: bool) -> Te
 def slower(a: Tensor, d: Tensor, offsets: Sequence[int], _bias: bool) -> str | None:
     """The measured reason to leave a call to the reference, or None."""
     size = mean_rows(a, offsets)
-    if size > LONGEST_PAIRS and prefers_quadratic(size, a.shape[1], d.shape[1]):
+    if not prefers_quadratic(size, a.shape[1], d.shape[1]):
+        return streamed(a, d)
+    if size > LONGEST_PAIRS:
         return f"beyond {LONGEST_PAIRS} rows per segment, pairs of rows are faster as torch.bmm"
-    return streamed(a, d) if size > LONGEST_PAIRS else None
+    return None
 
 
 IMPLEMENTATION = Implementation("native", outer_sqnorm, _native.why_not, slower)
