@@ -4,6 +4,7 @@
 """
 
 from fastreg._version import __version__
+from fastreg import optim
 from fastreg.check import check
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.graph_walk import trust
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "fisher_trace",
     "micro_batch_grad_norms",
+    "optim",
     "per_sample_grad_norms",
     "trust",
 ]

@@ -6,11 +6,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastreg.errors import FastregError
-from fastreg.recording import attached
+from fastreg.recording import attached, compiled
 
 
-def check_model(model: object) -> None:
-    """Refuse models on which norms or penalties would be wrong without a word."""
+def check_model(model: object, *, differentiated_twice: bool = True) -> None:
+    """Refuse models on which norms or penalties would be wrong without a word.
+
+    Args:
+        differentiated_twice: whether a double backward will run; otherwise compiled modules run as they were written
+            while they are recorded.
+    """
     if not isinstance(model, nn.Module):
         raise FastregError(f"attach: model must be a torch.nn.Module, got {type(model).__name__}")
     if attached(model):
@@ -18,9 +23,14 @@ def check_model(model: object) -> None:
             "attach: model must carry one fastreg recorder at a time, got a second (pass several penalties in a "
             "list, or call remove() on the first)"
         )
+    if model._compiled_call_impl is not None:
+        raise FastregError(
+            f"attach: model must not be compiled in place, got {type(model).__name__} after .compile() (its hooks would "
+            "be compiled too: use torch.compile(model))"
+        )
     for name, module in model.named_modules():
         where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
-        if _compiled(module):
+        if differentiated_twice and compiled(module):
             raise FastregError(
                 f"attach: model must not be compiled, got {where} (torch.compile has no double backward: attach to "
                 "the module before torch.compile and train that)"
@@ -36,6 +46,3 @@ def check_model(model: object) -> None:
                 "backward its gradients are silently not reduced: drop static_graph)"
             )
 
-
-def _compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None

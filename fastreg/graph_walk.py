@@ -25,6 +25,10 @@ OFFENDERS: dict[str, tuple[str, str]] = {
     "LinearCrossEntropy": ("a loss that computes its gradient in the forward", "use linear and cross_entropy"),
 }
 
+# Prefixes of nodes whose functions are piecewise linear.
+KINKS = ("Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Hardtanh", "Hardswish", "Hardsigmoid", "Threshold",
+         "Abs", "Clamp", "Softshrink", "Hardshrink", "MaxPool", "Maximum", "Minimum")  # fmt: skip
+
 _trusted: set[type] = set()
 
 
@@ -60,6 +64,12 @@ def refuse_offenders(loss: Tensor, session: Session, names: dict[int, str]) -> N
                 raise FastregError(f"reg: the loss must be twice differentiable, got {name}: {what} ({remedy})")
         if isinstance(node, BackwardCFunction):
             _check_function(node, session)
+
+
+def kinks(loss: Tensor) -> list[str]:
+    """Names of the piecewise linear operations that lead to the loss."""
+    names = {type(node).__name__ for node in _nodes([loss.grad_fn])}
+    return sorted(name.removesuffix("Backward0") for name in names if name.startswith(KINKS))
 
 
 def _refuse_unrecorded_uses(nodes: list, names: dict[int, str]) -> None:

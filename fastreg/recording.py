@@ -2,7 +2,8 @@
 
 The mode is entered and left by removable forward hooks on the model and on every module that owns parameters (not
 on the model alone: activation checkpointing re-runs inner modules in the backward, long after the model's own
-forward). Nothing is wrapped, and nothing is written on modules or parameters but the hooks.
+forward). Nothing is wrapped, and nothing is written on modules or parameters but the hooks. Compiled modules run as they
+were written while they are recorded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -63,8 +65,13 @@ class Recorder(TorchFunctionMode):
         self.on_outputs: Callable[[Session, object], None] | None = None
         self._tape: Tape | None = None
         self._entered: list[nn.Module | None] = []
-        owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
-        self._handles = [handle for module in owners for handle in self._attach(module)]
+        self._owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
+        self._stance: AbstractContextManager | None = None
+        self._compiled = any(compiled(module) for module in model.modules())
+        # Hooks inside a compiled module are compiled with it: there they come and go with the recording.
+        first = [model] if self._compiled else self._owners
+        self._handles = [handle for module in first for handle in self._attach(module)]
+        self._inner: list[torch.utils.hooks.RemovableHandle] = []
 
     def _attach(self, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
         yield module.register_forward_pre_hook(Hook(self, "enter"), with_kwargs=True)
@@ -72,9 +79,10 @@ class Recorder(TorchFunctionMode):
 
     def remove(self) -> None:
         """Detach every hook."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._inner):
             handle.remove()
         self._handles.clear()
+        self._inner.clear()
         self.session = self._tape = self.outputs = None
 
     def tracked_names(self) -> dict[int, str]:
@@ -84,11 +92,27 @@ class Recorder(TorchFunctionMode):
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: start or continue recording."""
         if not self._entered:
-            if not (torch.is_grad_enabled() and self.active()):
+            recorded = torch.is_grad_enabled() and self.active()
+            if self._compiled:
+                self._attach_inside(recorded)
+            if not recorded:
                 return
             self._open(module, args, kwargs)
+            if self._compiled:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
             self.__enter__()
         self._entered.append(module)
+
+    def _attach_inside(self, recorded: bool) -> None:
+        """Hooks on the modules inside a compiled model, while it is recorded and run as it was written."""
+        if recorded and not self._inner:
+            inside = (module for module in self._owners if module is not self.model)
+            self._inner = [handle for module in inside for handle in self._attach(module)]
+        elif not recorded:
+            for handle in self._inner:
+                handle.remove()
+            self._inner.clear()
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         """Forward hook, also run when the forward raises: stop recording at the outermost module."""
@@ -97,6 +121,9 @@ class Recorder(TorchFunctionMode):
         self._entered.pop()
         if not self._entered:
             self.__exit__(None, None, None)
+            if self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
         if module is self.model and torch._C._current_graph_task_id() == -1:
             self.outputs = output if self.keeps_outputs else None
             if self.on_outputs is not None:
@@ -198,6 +225,11 @@ class Hook:
 
     def __reduce__(self) -> tuple:
         return Hook, ()
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made this module, or ``module.compile()`` was called."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def attached(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from fastreg.errors import FastregError
 from fastreg.graph_walk import refuse_offenders
 from fastreg.loss import Reduction, check_loss, first_tensor
 from fastreg.penalties.base import Penalty, Step
+from fastreg.perturbed_penalty import PerturbedPenalty
 from fastreg.recording import Recorder
 from fastreg.self_check import self_check
 from fastreg.session import Session
@@ -42,6 +43,14 @@ class Regularizer:
             two more double backwards, once.
         parameters: the parameters whose gradients the norms are made of; all that require grad by default.
         seed: seed of the choice that ``fraction`` makes; None takes it from ``torch.initial_seed()``.
+        method: ``"exact"``, a double backward; or ``"perturb"``, gradients at perturbed weights, of first order alone:
+            ``reg`` then takes a callable that runs model and loss, and calls it two or three times (same random
+            numbers; batch norm statistics move once). Fused attention, ``torch.compile`` and reentrant checkpointing
+            work with it. On networks with kinks (ReLU) it is not the gradient of the penalty that holds almost
+            everywhere; bench/NOTES.md, "Perturbed penalties", has errors by dtype and activation.
+        difference: for ``"perturb"``: ``"forward"`` or ``"central"`` finite differences, or ``"lookahead"``, the
+            gradient at ``w + 2 weight g_k`` (see :mod:`fastreg.perturbed_penalty`).
+        radius: for finite differences: root mean square displacement in units of ``||w||``; None suits the dtype.
 
     Attributes:
         metrics: of the last regularized call: ``fastreg/<penalty>`` (its R), ``fastreg/penalty`` (the sum of
@@ -74,13 +83,17 @@ class Regularizer:
         check: bool = True,
         parameters: Iterable[nn.Parameter] | None = None,
         seed: int | None = None,
+        method: str = "exact",
+        difference: str = "forward",
+        radius: float | None = None,
     ) -> None:
         self.penalties = _penalties(penalty)
         _at_least_one("micro_batch_size", micro_batch_size)
         _at_least_one("every", every)
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise FastregError(f"Regularizer: fraction must be in (0, 1], got {fraction!r}")
-        check_model(model)
+        if method not in ("exact", "perturb"):
+            raise FastregError(f"Regularizer: method must be 'exact' or 'perturb', got {method!r}")
         self.model, self.micro_batch_size, self.every, self.fraction = model, micro_batch_size, every, fraction
         self.check, self.enabled = check, True
         self.metrics: dict[str, Tensor] = {}
@@ -88,7 +101,14 @@ class Regularizer:
         self._calls = 0
         self._checked = False
         self._choice = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        tracked = model.parameters() if parameters is None else parameters
+        tracked = list(model.parameters() if parameters is None else parameters)
+        self._perturbed: PerturbedPenalty | None = None
+        if method == "perturb":
+            _check_perturbed(model, tracked, fraction)
+            self._perturbed = PerturbedPenalty(model, micro_batch_size, tracked, self.penalties, difference, radius)
+            self._recorder = self._perturbed.recorder
+            return
+        check_model(model)
         self._recorder = Recorder(model, micro_batch_size, tracked, self._active)
         self._recorder.keeps_outputs = check
 
@@ -120,6 +140,8 @@ class Regularizer:
         Raises:
             FastregError: the loss does not fit the recorded forward, or the first step's checks fail.
         """
+        if self._perturbed is not None:
+            return self._by_perturbation(loss, Reduction(reduction, scale, counts))
         if not isinstance(loss, Tensor) and callable(loss):
             loss = loss()
         if not self._active() or not torch.is_grad_enabled():
@@ -137,6 +159,21 @@ class Regularizer:
         session.selected = self._choose(session.micro_batches.count)
         penalty = self._penalty(step) * (self.every * scale)
         return loss + (penalty - penalty.detach()).to(loss.dtype)
+
+    def _by_perturbation(self, run: Callable[[], Tensor], reduction: Reduction) -> Tensor:
+        if isinstance(run, Tensor) or not callable(run):
+            raise FastregError(
+                "reg: method='perturb' must be given a callable, which it calls at several weights, got "
+                f"{type(run).__name__} (loss = reg(lambda: loss_fn(model(x), y)))"
+            )
+        if not self._active() or not torch.is_grad_enabled():
+            return run()
+        self._calls += 1
+        if (self._calls - 1) % self.every:
+            return run()
+        loss = self._perturbed(run, reduction, self.every)
+        self.metrics, self.sq_norms = self._perturbed.metrics, self._perturbed.sq_norms
+        return loss
 
     def remove(self) -> None:
         """Detach from the model; afterwards ``reg`` is the identity."""
@@ -198,6 +235,15 @@ def _penalties(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:
     if not penalties or not all(isinstance(one, Penalty) for one in penalties):
         raise FastregError(f"Regularizer: penalty must be a Penalty or a non-empty sequence of them, got {penalty!r}")
     return penalties
+
+
+def _check_perturbed(model: nn.Module, tracked: list[nn.Parameter], fraction: float) -> None:
+    known = {id(p) for p in tracked}
+    if fraction != 1.0 or any(p.requires_grad and id(p) not in known for p in model.parameters()):
+        raise FastregError(
+            "Regularizer: method='perturb' must have fraction=1 and all parameters of the model that require grad, got "
+            f"fraction={fraction} and {len(known)} parameters"
+        )
 
 
 def _at_least_one(name: str, value: object) -> None:

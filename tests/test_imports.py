@@ -24,6 +24,7 @@ LAYERS = (
     ("fastreg.session", "fastreg.rules", "fastreg.recording"),
     ("fastreg.attach", "fastreg.chain", "fastreg.graph_walk"),
     ("fastreg.penalties",),
+    ("fastreg.perturbed_passes", "fastreg.perturbed_penalty", "fastreg.perturbed_step"),
     ("fastreg.self_check", "fastreg.sinks", "fastreg.stats", "fastreg.regularizer"),
     ("fastreg.monitor",),
     ("fastreg.check",),

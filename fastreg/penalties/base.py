@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -55,10 +56,12 @@ class Penalty(ABC):
     Attributes:
         weight: the coefficient; at least 0.
         name: the key of its value in ``reg.metrics``, after ``fastreg/``.
+        squares_loss: whether the gradients it squares are those of the loss itself.
     """
 
     weight: float
     name: str
+    squares_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
@@ -68,6 +71,21 @@ class Penalty(ABC):
     @abstractmethod
     def value(self, step: Step) -> Tensor:
         """``R``, a differentiable scalar."""
+
+    def surrogate(
+        self, loss: Tensor, outputs: Tensor | None, reduction: Reduction, *, again: bool
+    ) -> tuple[Tensor, Reduction]:
+        """For ``method="perturb"``: the scalar whose micro-batch gradients the penalty squares, and how it is reduced.
+
+        Args:
+            loss, outputs: of this pass.
+            reduction: of ``loss``.
+            again: whether the pass is at perturbed weights: what was drawn in the first one is kept.
+
+        Raises:
+            FastregError: the penalty has none.
+        """
+        raise FastregError(f"reg: {type(self).__name__} must be computed with method='exact', got 'perturb'")
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint must hold to continue bit-identically."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.cross_entropy import drawn_cross_entropy
 from fastreg.errors import FastregError
+from fastreg.loss import Reduction
 from fastreg.penalties.base import Penalty, Step
 
 
@@ -55,8 +57,20 @@ class FisherTrace(Penalty):
     _draws: int = field(default=0, init=False, repr=False)
     name: ClassVar[str] = "fisher_trace"
 
+    def surrogate(
+        self, loss: Tensor, outputs: Tensor | None, reduction: Reduction, *, again: bool
+    ) -> tuple[Tensor, Reduction]:
+        logits = _logits(outputs, self.class_dim)
+        if again:
+            total = F.cross_entropy(logits.flatten(0, -2), self.last_labels.flatten(), reduction="sum")
+        else:
+            losses, labels = drawn_cross_entropy(logits.flatten(0, -2), self._seed(), self._draws)
+            self._draws += 1
+            self.last_labels, total = labels.view(logits.shape[:-1]), losses.sum()
+        return total, Reduction("sum", scale=self.last_labels.numel() // logits.shape[0])
+
     def value(self, step: Step) -> Tensor:
-        logits = _logits(step, self.class_dim)
+        logits = _logits(step.outputs, self.class_dim)
         losses, labels = drawn_cross_entropy(logits.flatten(0, -2), self._seed(), self._draws)
         self._draws += 1
         self.last_labels = labels.view(logits.shape[:-1])
@@ -82,9 +96,8 @@ def sample_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:-1])
 
 
-def _logits(step: Step, class_dim: int) -> Tensor:
+def _logits(outputs: Tensor | None, class_dim: int) -> Tensor:
     """The outputs with classes last."""
-    outputs = step.outputs
     if outputs is None:
         raise FastregError(
             "FisherTrace: outputs must be the model's logits, got none (call reg(loss, outputs): labels are drawn "

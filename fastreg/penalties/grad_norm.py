@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fastreg.loss import Reduction
 from fastreg.penalties.base import Penalty, Step
 
 
@@ -38,6 +39,12 @@ class GradNorm(Penalty):
 
     weight: float
     name: ClassVar[str] = "grad_norm"
+    squares_loss: ClassVar[bool] = True
 
     def value(self, step: Step) -> Tensor:
         return step.mean(step.sq_norms)
+
+    def surrogate(
+        self, loss: Tensor, outputs: Tensor | None, reduction: Reduction, *, again: bool
+    ) -> tuple[Tensor, Reduction]:
+        return loss.sum(), reduction if loss.dim() == 0 else Reduction("sum", reduction.scale, reduction.counts)

@@ -47,6 +47,7 @@ class DenseDirection(Direction):
     def __init__(self, of_weight: Tensor | None, of_bias: Tensor | None) -> None:
         self.of_weight, self.of_bias = of_weight, of_bias
         self._weights: Tensor | None = None
+        self._factors: Tensor | None = None
 
     def forward(self, use: Use, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         op, cut = use.op, use.session.micro_batches
@@ -64,8 +65,8 @@ class DenseDirection(Direction):
         return use.op.dense_push(d, self._perturbed_weights(weight, factors), x, use.session.micro_batches)
 
     def _perturbed_weights(self, weight: Tensor, factors: Tensor) -> Tensor:
-        if self._weights is None:
-            self._weights = perturbed(weight, self.of_weight, factors)
+        if self._factors is not factors:
+            self._weights, self._factors = perturbed(weight, self.of_weight, factors), factors
         return self._weights
 
 
@@ -154,13 +155,14 @@ class Perturbation:
     Args:
         adaptive: measure and move each parameter in units of its own magnitude: ``G_k`` is then ``|w|^2 grad C_k``, and
             its squared norm ``|| |w| grad C_k ||^2`` (Kwon et al. 2021, arXiv:2102.11600, eq. 7).
+        with_gradients: whether the pass that leaves it forms the gradients of the parameters too.
 
     Attributes:
         factors: ``c_k``, ``[m]``, known after the first pass.
     """
 
-    def __init__(self, adaptive: bool = False) -> None:
-        self.adaptive = adaptive
+    def __init__(self, adaptive: bool = False, with_gradients: bool = False) -> None:
+        self.adaptive, self.with_gradients = adaptive, with_gradients
         self.factors: Tensor | None = None
         self._own: dict[int, Direction] = {}
         self._joined: dict[int, Tensor] = {}

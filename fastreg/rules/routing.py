@@ -86,8 +86,9 @@ class Tap(Function):
     @once_differentiable
     def backward(ctx, d: Tensor | None):
         use, session, (x, weight, bias) = ctx.use, ctx.use.session, ctx.saved_tensors
-        squared = None
-        if d is not None and session.phase is not Phase.PLAIN:
+        squared, root = None, ctx.next_functions[-1][0]
+        # A pass that does not end at the probe (input gradients, say) has no use for norms, and must not leave parts.
+        if d is not None and session.phase is not Phase.PLAIN and torch._C._will_engine_execute_node(root):
             x = x if ctx.before is None else ctx.before(x)
             deposit_shared(use, x, d, weight, bias)
             norms = Parts(use.alone(use.weight), use.alone(use.bias))
@@ -116,6 +117,8 @@ def wanted_by(use: Use, needs: tuple[bool, ...]) -> Wanted:
     """What the session's phase asks of one use; ``needs`` is the operation's ``ctx.needs_input_grad``."""
     phase = use.session.phase
     parameters = phase in (Phase.PLAIN, Phase.STATISTICS)
+    if phase is Phase.DIRECTIONS:
+        parameters = use.session.directions.with_gradients
     norms = Parts(False, False)
     if phase is not Phase.PLAIN:
         norms = Parts(use.alone(use.weight), use.alone(use.bias))
@@ -143,8 +146,7 @@ class RoutedBackward(Function):
         dw = db = squared = tangent = memo = None
         if session.phase is Phase.DIRECTIONS and any(norms):
             squared = keep_direction(use, norms, x.detach(), d, weight, bias)
-            return dx, dw, db, squared
-        if session.phase is Phase.STATISTICS and any(norms) and not wanted.exact:
+        elif session.phase is Phase.STATISTICS and any(norms) and not wanted.exact:
             dw, db, squared = op.with_norms(x, d, weight, bias, norms, pick.kept)
         elif any(norms):
             squared, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)

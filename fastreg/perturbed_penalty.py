@@ -1,0 +1,227 @@
+r"""Penalties by gradients at perturbed weights: first-order passes alone.
+
+The gradient of ``(1/m) sum_k ||g_k||^2`` is ``(2/m) sum_k H_k g_k``, and ``H_k g_k`` is how the gradient of micro-batch k
+changes along ``g_k``. With steps ``e_k`` of one common length in units of ``g_k``, all micro-batches in one batched pass:
+
+    forward     H_k g_k ~ (g_k(w + e g_k) - g_k(w)) / e                 error O(e)
+    central     H_k g_k ~ (g_k(w + e g_k) - g_k(w - e g_k)) / 2e        error O(e^2)
+    lookahead   g_k(w) + 2 weight H_k g_k ~ g_k(w + 2 weight g_k)       error O(weight^2), nothing is subtracted
+
+Counted in layer products (a plain step is 3): forward 6 plus segment terms, central 9, lookahead 5.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastreg.errors import FastregError
+from fastreg.graph_walk import kinks
+from fastreg.kernels import multi_sqnorm
+from fastreg.loss import Reduction, check_loss, first_tensor
+from fastreg.penalties.base import Penalty
+from fastreg.perturbed_passes import PerturbedPasses
+from fastreg.session import Phase, Session
+
+DIFFERENCES = ("forward", "central", "lookahead")
+Gradients = list[Tensor | None]
+
+
+class PerturbedPenalty:
+    """Gradient of ``loss + sum_p weight_p R_p`` by gradients at perturbed weights.
+
+    Args:
+        model, micro_batch_size, parameters: as for :class:`fastreg.Regularizer`.
+        penalties: those with a surrogate (see :meth:`fastreg.Penalty.surrogate`).
+        difference: one of ``DIFFERENCES``.
+        radius: root mean square of the displacements in units of ``||w||``; None takes the square root (central: cube
+            root) of the rounding unit of the coarsest dtype in the forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        micro_batch_size: int,
+        parameters: Sequence[nn.Parameter],
+        penalties: Sequence[Penalty],
+        difference: str,
+        radius: float | None,
+    ) -> None:
+        _check_options(difference, radius, penalties)
+        self.model, self.penalties, self.difference, self.radius = model, penalties, difference, radius
+        self._passes = PerturbedPasses(model, micro_batch_size, parameters)
+        self._passes.recorder.keeps_outputs = True
+        self._warned = False
+        self.metrics: dict[str, Tensor] = {}
+        self.sq_norms: Tensor | None = None
+
+    @property
+    def recorder(self) -> object:
+        """What is attached to the model."""
+        return self._passes.recorder
+
+    def __call__(self, run: Callable[[], Tensor], reduction: Reduction, every: int) -> Tensor:
+        """The loss, whose backward hands out the gradients found here."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        with torch.enable_grad(), self._passes.same_random_numbers() as rewind:
+            loss, gradients = None, [None] * len(trainable)
+            values = {}
+            for number, penalty in enumerate(self.penalties):
+                term = _Term(self, penalty, reduction, trainable, penalty.weight * every * reduction.scale)
+                if number:
+                    rewind()
+                loss, own = term.first(run, loss)
+                gradients = _plus(gradients, own)
+                for sign in term.signs:
+                    rewind()
+                    gradients = _plus(gradients, term.again(run, sign))
+                values[penalty] = term.value
+        self._note(values)
+        return Delivered.apply(loss, gradients, *trainable)
+
+    def _note(self, values: dict[Penalty, Tensor]) -> None:
+        self.metrics = {f"fastreg/{penalty.name}": value for penalty, value in values.items()}
+        self.metrics["fastreg/penalty"] = sum(penalty.weight * value for penalty, value in values.items())
+
+    def warn_of_kinks(self, loss: Tensor) -> None:
+        """Once: on a piecewise linear network a finite difference sees the kinks between two points."""
+        found = () if self._warned else kinks(loss)
+        self._warned = True
+        if found:
+            warnings.warn(
+                f"Regularizer: the network has kinks ({', '.join(found)}); a finite difference across them is not the "
+                "Hessian that exists almost everywhere, to which method='exact' keeps",
+                stacklevel=5,
+            )
+
+
+class _Term:
+    """One penalty of one step."""
+
+    def __init__(
+        self,
+        owner: PerturbedPenalty,
+        penalty: Penalty,
+        reduction: Reduction,
+        trainable: list[nn.Parameter],
+        weight: float,
+    ) -> None:
+        self.owner, self.penalty, self.reduction, self.trainable = owner, penalty, reduction, trainable
+        self.weight = weight
+        self.signs = {"forward": (1,), "central": (1, -1), "lookahead": (1,)}[owner.difference]
+
+    def first(self, run: Callable[[], Tensor], known: Tensor | None) -> tuple[Tensor, Gradients]:
+        """The loss, and what the pass at the weights themselves adds to the gradient."""
+        # A looked-ahead gradient has the loss's own in it; that of a penalty on the loss comes with its directions.
+        pending = known is None and self.owner.difference != "lookahead"
+        shared = pending and self.penalty.squares_loss
+        subtracted = self.owner.difference == "forward"
+        with self.owner._passes.first(Phase.PLAIN, with_gradients=shared or subtracted) as self.sessions:
+            loss = run()
+            session = self._session(loss)
+            self.owner.warn_of_kinks(loss)
+            target, described = self.penalty.surrogate(loss, self._outputs(), self.reduction, again=False)
+            plain = self._gradients(loss.sum(), keep=True) if pending and not shared else [None] * len(self.trainable)
+            with session.during(Phase.DIRECTIONS):
+                squared, *at_weights = torch.autograd.grad(target, [session.probe, *self.trainable], allow_unused=True)
+        self._choose_steps(session, squared, described)
+        if shared or subtracted:
+            plain = _plus(plain, _times(at_weights, float(shared) - float(subtracted) * self.share))
+        return loss.detach() if known is None else known, plain
+
+    def again(self, run: Callable[[], Tensor], sign: int) -> Gradients:
+        """What the pass at the weights displaced by ``sign`` steps adds."""
+        (session,) = self.sessions
+        session.directions.factors = sign * self.steps
+        with self.owner._passes.again(self.sessions):
+            loss = run()
+            target, _ = self.penalty.surrogate(loss, self._outputs(), self.reduction, again=True)
+            found = self._gradients(target, keep=False)
+        return _times(found, self.share * sign / len(self.signs))
+
+    def _choose_steps(self, session: Session, squared: Tensor, described: Reduction) -> None:
+        """Factors ``[m]`` of the rows' gradients ``r_k g_k``, and what the difference is multiplied by."""
+        scales = described.factors(session.micro_batches, squared)  # 1 / r_k^2
+        norms, count = squared * scales, squared.shape[0]
+        self.value = norms.mean()
+        if self.penalty.squares_loss:
+            self.owner.sq_norms = norms
+        # Steps that make r_k e_k the same for all k, so that one number serves all rows of the difference.
+        lengths = scales.sqrt() / count
+        if self.owner.difference == "lookahead":
+            step = 2 * self.weight * torch.ones_like(self.value)
+        else:
+            step = self._radius(session) / (lengths.square() * norms).mean().sqrt()
+        # A batch without a gradient stays where it is.
+        step = torch.where(step.isfinite(), step, torch.zeros_like(step))
+        self.steps = step * lengths * scales.sqrt()
+        share = 2 * self.weight / step
+        self.share = torch.where(share.isfinite(), share, torch.zeros_like(share))
+
+    def _radius(self, session: Session) -> Tensor:
+        radius = self.owner.radius
+        if radius is None:
+            unit = max(torch.finfo(dtype).eps for dtype in session.dtypes)
+            radius = unit ** (1 / 3 if self.owner.difference == "central" else 1 / 2)
+        groups = {p.dtype for p in self.trainable}
+        squares = [multi_sqnorm([p.detach() for p in self.trainable if p.dtype == dtype]).sum() for dtype in groups]
+        return radius * sum(squares).sqrt()
+
+    def _session(self, loss: Tensor) -> Session:
+        if len(self.sessions) != 1:
+            raise FastregError(
+                f"reg: the callable must run the model on one batch, got forwards of {len(self.sessions)} batch sizes"
+            )
+        check_loss(loss, self.sessions[0].micro_batches.samples)
+        return self.sessions[0]
+
+    def _outputs(self) -> Tensor | None:
+        return first_tensor(self.owner._passes.recorder.outputs)
+
+    def _gradients(self, total: Tensor, keep: bool) -> Gradients:
+        return list(torch.autograd.grad(total, self.trainable, retain_graph=keep, allow_unused=True))
+
+
+class Delivered(Function):
+    """A loss whose gradients are known: its backward hands them out."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, factor: Tensor):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise FastregError("reg: backward must run once on a loss of method='perturb', got a second time")
+        return None, None, *_times(gradients, factor)
+
+
+def _times(gradients: Sequence[Tensor | None], factor: float | Tensor) -> Gradients:
+    return [None if g is None else (g * factor).to(g.dtype) for g in gradients]
+
+
+def _plus(left: Gradients, right: Gradients) -> Gradients:
+    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+
+
+def _check_options(difference: str, radius: float | None, penalties: Sequence[Penalty]) -> None:
+    if difference not in DIFFERENCES:
+        raise FastregError(f"Regularizer: difference must be one of {DIFFERENCES}, got {difference!r}")
+    number = isinstance(radius, (int, float)) and not isinstance(radius, bool)
+    if radius is not None and not (number and 0 < radius < float("inf")):
+        raise FastregError(f"Regularizer: radius must be a positive number or None, got {radius!r}")
+    if difference == "lookahead" and (
+        len(penalties) > 1 or not penalties[0].squares_loss or radius is not None
+    ):
+        raise FastregError(
+            "Regularizer: difference='lookahead' takes one GradNorm, whose weight is the radius, got "
+            f"{[penalty.name for penalty in penalties]} and radius={radius}"
+        )
