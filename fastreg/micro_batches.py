@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import FastregError
@@ -132,7 +133,7 @@ def _offsets(samples: int, size: int, per_sample: int) -> tuple[int, ...]:
 class Selection:
     """Some of the micro-batches of a batch, and how rows and segment vectors are restricted to them.
 
-    With ``chosen=None`` nothing is restricted and no copy is made.
+    With ``chosen=None`` nothing is restricted and no copy is made; neighbouring micro-batches are taken as views.
     """
 
     __slots__ = ("whole", "chosen", "kept")
@@ -146,6 +147,9 @@ class Selection:
         """The rows of the chosen micro-batches."""
         if self.chosen is None:
             return rows
+        if self._adjacent:
+            offsets = self.whole.offsets(rows.shape[0])
+            return rows[offsets[self.chosen[0]] : offsets[self.chosen[-1] + 1]]
         return rows.index_select(0, self._row_index(rows.shape[0], rows.device))
 
     def put(self, rows: Tensor | None) -> Tensor | None:
@@ -163,7 +167,13 @@ class Selection:
         """``values`` of the chosen micro-batches at their places in ``[m]`` zeros."""
         if self.chosen is None:
             return values
+        if self._adjacent:
+            return F.pad(values, (self.chosen[0], self.whole.count - 1 - self.chosen[-1]))
         return values.new_zeros(self.whole.count).index_copy(0, torch.tensor(self.chosen, device=values.device), values)
+
+    @property
+    def _adjacent(self) -> bool:
+        return self.chosen[-1] - self.chosen[0] == len(self.chosen) - 1
 
     def _row_index(self, total: int, device: torch.device) -> Tensor:
         offsets = self.whole.offsets(total)

@@ -40,12 +40,15 @@ class PerturbedPasses:
         self.recorder.remove()
 
     @contextmanager
-    def first(self, phase: Phase, with_gradients: bool = False) -> Iterator[list[Session]]:
+    def first(
+        self, phase: Phase, *, with_gradients: bool = False, used_up: bool = False
+    ) -> Iterator[list[Session]]:
         """The pass at the weights themselves, whose backwards in the phase ``DIRECTIONS`` leave directions.
 
         Args:
             phase: what ordinary backwards compute.
             with_gradients: whether those that leave directions form parameter gradients too.
+            used_up: whether one pass at perturbed weights is all that follows.
 
         Yields:
             The sessions of its forwards, with a perturbation each, whose factors are not known yet.
@@ -54,7 +57,7 @@ class PerturbedPasses:
 
         def prepare(session: Session) -> None:
             session.first_order = True
-            session.directions = Perturbation(self.adaptive, with_gradients)
+            session.directions = Perturbation(self.adaptive, with_gradients, used_up)
             sessions.append(session)
 
         with self._recording(phase, prepare), self._without_reduction():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from fastreg.graph_walk import kinks
 from fastreg.kernels import multi_sqnorm
 from fastreg.loss import Reduction, check_loss, first_tensor
 from fastreg.penalties.base import Penalty
-from fastreg.perturbed_passes import PerturbedPasses
+from fastreg.perturbed_passes import PerturbedPasses, _buffers_kept
 from fastreg.session import Phase, Session
 
 DIFFERENCES = ("forward", "central", "lookahead")
@@ -70,23 +71,24 @@ class PerturbedPenalty:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         with torch.enable_grad(), self._passes.same_random_numbers() as rewind:
             loss, gradients = None, [None] * len(trainable)
-            values = {}
+            values = []
             for number, penalty in enumerate(self.penalties):
                 term = _Term(self, penalty, reduction, trainable, penalty.weight * every * reduction.scale)
                 if number:
                     rewind()
-                loss, own = term.first(run, loss)
+                with _buffers_kept(self.model) if number else nullcontext():
+                    loss, own = term.first(run, loss)
                 gradients = _plus(gradients, own)
                 for sign in term.signs:
                     rewind()
                     gradients = _plus(gradients, term.again(run, sign))
-                values[penalty] = term.value
+                values.append((penalty, term.value))
         self._note(values)
         return Delivered.apply(loss, gradients, *trainable)
 
-    def _note(self, values: dict[Penalty, Tensor]) -> None:
-        self.metrics = {f"fastreg/{penalty.name}": value for penalty, value in values.items()}
-        self.metrics["fastreg/penalty"] = sum(penalty.weight * value for penalty, value in values.items())
+    def _note(self, values: list[tuple[Penalty, Tensor]]) -> None:
+        self.metrics = {f"fastreg/{penalty.name}": value for penalty, value in values}
+        self.metrics["fastreg/penalty"] = sum(penalty.weight * value for penalty, value in values)
 
     def warn_of_kinks(self, loss: Tensor) -> None:
         """Once: on a piecewise linear network a finite difference sees the kinks between two points."""
@@ -96,7 +98,7 @@ class PerturbedPenalty:
             warnings.warn(
                 f"Regularizer: the network has kinks ({', '.join(found)}); a finite difference across them is not the "
                 "Hessian that exists almost everywhere, to which method='exact' keeps",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
@@ -121,12 +123,13 @@ class _Term:
         pending = known is None and self.owner.difference != "lookahead"
         shared = pending and self.penalty.squares_loss
         subtracted = self.owner.difference == "forward"
-        with self.owner._passes.first(Phase.PLAIN, with_gradients=shared or subtracted) as self.sessions:
+        options = {"with_gradients": shared or subtracted, "used_up": len(self.signs) == 1}
+        with self.owner._passes.first(Phase.PLAIN, **options) as self.sessions:
             loss = run()
             session = self._session(loss)
             self.owner.warn_of_kinks(loss)
-            target, described = self.penalty.surrogate(loss, self._outputs(), self.reduction, again=False)
-            plain = self._gradients(loss.sum(), keep=True) if pending and not shared else [None] * len(self.trainable)
+            target, described = self._target(loss, again=False)
+            plain = self._gradients(loss.mean(), keep=True) if pending and not shared else [None] * len(self.trainable)
             with session.during(Phase.DIRECTIONS):
                 squared, *at_weights = torch.autograd.grad(target, [session.probe, *self.trainable], allow_unused=True)
         self._choose_steps(session, squared, described)
@@ -140,7 +143,7 @@ class _Term:
         session.directions.factors = sign * self.steps
         with self.owner._passes.again(self.sessions):
             loss = run()
-            target, _ = self.penalty.surrogate(loss, self._outputs(), self.reduction, again=True)
+            target, _ = self._target(loss, again=True)
             found = self._gradients(target, keep=False)
         return _times(found, self.share * sign / len(self.signs))
 
@@ -154,19 +157,19 @@ class _Term:
         # Steps that make r_k e_k the same for all k, so that one number serves all rows of the difference.
         lengths = scales.sqrt() / count
         if self.owner.difference == "lookahead":
-            step = 2 * self.weight * torch.ones_like(self.value)
+            step, share = torch.full_like(self.value, 2 * self.weight), torch.ones_like(self.value)
         else:
             step = self._radius(session) / (lengths.square() * norms).mean().sqrt()
-        # A batch without a gradient stays where it is.
-        step = torch.where(step.isfinite(), step, torch.zeros_like(step))
-        self.steps = step * lengths * scales.sqrt()
-        share = 2 * self.weight / step
-        self.share = torch.where(share.isfinite(), share, torch.zeros_like(share))
+            # A batch without a gradient stays where it is.
+            step = torch.where(step.isfinite(), step, torch.zeros_like(step))
+            share = torch.where(step > 0, 2 * self.weight / step, torch.zeros_like(step))
+        self.steps, self.share = step * lengths * scales.sqrt(), share
 
     def _radius(self, session: Session) -> Tensor:
         radius = self.owner.radius
         if radius is None:
-            unit = max(torch.finfo(dtype).eps for dtype in session.dtypes)
+            # A gather's input is of integers.
+            unit = max(torch.finfo(dtype).eps for dtype in session.dtypes if dtype.is_floating_point)
             radius = unit ** (1 / 3 if self.owner.difference == "central" else 1 / 2)
         groups = {p.dtype for p in self.trainable}
         squares = [multi_sqnorm([p.detach() for p in self.trainable if p.dtype == dtype]).sum() for dtype in groups]
@@ -180,8 +183,14 @@ class _Term:
         check_loss(loss, self.sessions[0].micro_batches.samples)
         return self.sessions[0]
 
-    def _outputs(self) -> Tensor | None:
-        return first_tensor(self.owner._passes.recorder.outputs)
+    def _target(self, loss: Tensor, again: bool) -> tuple[Tensor, Reduction]:
+        """What the penalty squares the gradients of, and how it is reduced."""
+        reduction = self.reduction
+        if loss.dim():
+            # The caller will average; so that the looked-ahead gradient is the whole one, it is done here.
+            reduction = Reduction("sum", reduction.scale / loss.shape[0], reduction.counts)
+        outputs = first_tensor(self.owner._passes.recorder.outputs)
+        return self.penalty.surrogate(loss.mean(), outputs, reduction, again=again)
 
     def _gradients(self, total: Tensor, keep: bool) -> Gradients:
         return list(torch.autograd.grad(total, self.trainable, retain_graph=keep, allow_unused=True))
@@ -201,7 +210,12 @@ class Delivered(Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise FastregError("reg: backward must run once on a loss of method='perturb', got a second time")
-        return None, None, *_times(gradients, factor)
+        if factor.dim() and factor.device.type == "cpu" and bool((factor != factor[0]).any()):
+            raise FastregError(
+                "reg: losses per sample must be averaged or summed with method='perturb', got weights that differ (apply "
+                "them in the callable)"
+            )
+        return None, None, *_times(gradients, factor.sum())
 
 
 def _times(gradients: Sequence[Tensor | None], factor: float | Tensor) -> Gradients:

@@ -51,7 +51,7 @@ class PerturbedStep:
             FastregError: the closure does not run the model and a backward, or does so differently the second time.
         """
         with torch.enable_grad(), self._passes.same_random_numbers() as rewind:
-            with self._passes.first(Phase.DIRECTIONS) as sessions:
+            with self._passes.first(Phase.DIRECTIONS, used_up=True) as sessions:
                 loss = closure()
             for session in sessions:
                 self._direct(session)

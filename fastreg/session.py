@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastreg.micro_batches import MicroBatches
+from fastreg.micro_batches import MicroBatches, Selection
 
 if TYPE_CHECKING:
     from fastreg.rules.perturbation import Perturbation
@@ -82,6 +82,10 @@ class Session:
         self.directions: Perturbation | None = None
         self.perturbation: Perturbation | None = None
         self.beside = False
+
+    def pick(self) -> Selection:
+        """The micro-batches whose norms are asked for: the selected ones, but in an ordinary backward all."""
+        return Selection(self.micro_batches, self.selected if self.phase is Phase.CHAIN or self.beside else None)
 
     @property
     def open(self) -> bool:

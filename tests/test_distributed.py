@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastreg
 import fastreg.optim
 import oracle
+from fastreg.sinks import MemorySink
 from sam_oracle import sequential_gradient
 
 WEIGHT, RHO = 0.3, 0.1
@@ -93,6 +94,32 @@ def sam_worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def watched(model: nn.Module, size: int | None, steps: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> torch.Tensor:
+    """Noise scale, its numerator and the gradient's norm after steps that accumulate the batches listed for them."""
+    sink = MemorySink()
+    monitor = fastreg.Monitor(model, micro_batch_size=size, sinks=(sink,))
+    for batches in steps:
+        model.zero_grad()
+        for x, y in batches:
+            (F.cross_entropy(model(x), y) / len(batches)).backward()
+        found = monitor.step(scale=1 / len(batches))
+    monitor.remove()
+    return torch.stack([*found.values(), torch.tensor(len(sink.rows)).double()])
+
+
+def watched_batches(rank: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """One batch in the first step of a rank, two accumulated ones in the second."""
+    _, x, y = problem(rank)
+    return [[(x, y)], [(x.roll(1, 0), y), (2 * x, y)]]
+
+
+def watching_worker(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
+    parallel = DistributedDataParallel(problem(rank)[0])
+    torch.save([watched(parallel, size, watched_batches(rank)) for size in (1, None)], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def test_gradients_are_the_mean_over_ranks(tmp_path: Path) -> None:
     got = spawn(worker, tmp_path)
     assert all("must be called itself" in (tmp_path / f"{rank}.txt").read_text() for rank in range(2))
@@ -106,3 +133,16 @@ def test_sam_perturbs_each_rank_along_its_own_micro_batches(tmp_path: Path) -> N
         spawn(sam_worker, tmp_path),
         lambda model, x, y: sequential_gradient(model, F.cross_entropy, x, y, 2, RHO),
     )
+
+
+def test_every_rank_measures_what_one_process_would(tmp_path: Path) -> None:
+    """Samples of all ranks make one batch; without micro-batches each rank's batches count one by one."""
+    got = spawn(watching_worker, tmp_path)
+    steps = [[*first, *second] for first, second in zip(watched_batches(0), watched_batches(1), strict=True)]
+    joint = [[tuple(torch.cat(parts) for parts in zip(*batches))] for batches in steps]
+    for of_ranks, size, batches in zip(zip(*got), (1, None), (joint, steps), strict=True):
+        want = watched(problem(0)[0], size, batches)
+        assert want[:-1].isfinite().all()
+        for rank, one in enumerate(of_ranks):
+            torch.testing.assert_close(one[:-1], want[:-1], rtol=1e-10, atol=1e-14)
+            assert one[-1] == (len(steps) if rank == 0 else 0)

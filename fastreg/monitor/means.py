@@ -89,14 +89,14 @@ class Layers:
 
 
 def squared_gradients(parameters: Sequence[nn.Parameter], like: Tensor) -> Tensor:
-    """``[P]``: squared norms of what is in ``.grad``, 0 where there is nothing.
+    """``[P]``: squared norms of what is in ``.grad``, 0 where there is nothing or only something older.
 
     Raises:
         FastregError: there is nothing in any.
     """
     groups: dict[torch.dtype, list[int]] = defaultdict(list)
     for number, parameter in enumerate(parameters):
-        if parameter.grad is not None:
+        if parameter.requires_grad and parameter.grad is not None:
             groups[parameter.grad.dtype].append(number)
     if not groups:
         raise FastregError("Monitor.step: gradients must be in .grad, got none (call it before zero_grad)")

@@ -23,7 +23,8 @@ class Monitor:
     r"""Measures gradients while a model trains: noise scale, norms, covariance and Fisher traces.
 
     Norms are taken from the backward pass of the training step; there is no second one, and losses and gradients are
-    bit for bit what they were. Nothing waits for the device until a value is read::
+    bit for bit what they were (to rounding for ``nn.MultiheadAttention`` and recurrent layers, and under autocast for
+    PReLU and, on the CPU, convolutions called several times). Nothing waits for the device until a value is read::
 
         monitor = fastreg.Monitor(model)
         for x, y in loader:
@@ -107,12 +108,14 @@ class Monitor:
             counts: tokens per sample ``[B]`` of a loss that is a mean over tokens; noise is then that of tokens.
 
         Raises:
-            FastregError: no backward pass of a recorded forward, or no gradient, since the last call.
+            FastregError: no backward pass of a recorded forward, or no gradient, since the last call; a backward pass
+                without a forward of its own; a parameter that was frozen when the monitor was built no longer is.
         """
         number, self._steps = self._steps, self._steps + 1
         self._source.on = self._steps % self.every == 0
         if number % self.every:
             return self.metrics
+        self._source.check_parameters()
         multiplied = scale if isinstance(scale, Tensor) else 1.0
         described = Reduction(reduction, 1.0 if isinstance(scale, Tensor) else scale, counts)
         passes = self._source.take(described, self._by_layer)

@@ -45,6 +45,20 @@ class Source(ABC):
     def __init__(self, model: nn.Module) -> None:
         self.on = True
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._frozen = [p for p in model.parameters() if not p.requires_grad]
+
+    def check_parameters(self) -> None:
+        """Refuse gradients that nothing was attached for.
+
+        Raises:
+            FastregError: a parameter was frozen when the monitor was built, and no longer is.
+        """
+        thawed = sum(p.requires_grad for p in self._frozen)
+        if thawed:
+            raise FastregError(
+                "Monitor.step: parameters that require grad must have done so when the monitor was built, got "
+                f"{thawed} that did not (remove() it, build another and hand it the state_dict())"
+            )
 
     @abstractmethod
     def take(self, reduction: Reduction, by_layer: Callable[[Tensor], Tensor]) -> list[Backward]:
@@ -63,10 +77,11 @@ class MicroBatchSource(Source):
     """
 
     def __init__(self, model: nn.Module, size: int, per_layer: bool, seed: int | None) -> None:
-        check_model(model)
+        check_model(model, differentiated_twice=False)
         super().__init__(model)
         self._per_layer = per_layer
         self._sessions: list[Session] = []
+        self._reached: list[None] = []
         self._recorder = Recorder(
             model, size, model.parameters(), lambda: self.on and model.training, phase=Phase.STATISTICS
         )
@@ -83,9 +98,15 @@ class MicroBatchSource(Source):
         sessions, self._sessions = self._sessions, []
         for session in sessions:
             session.consumed = True
-        return [self._backward(one, reduction, by_layer) for one in sessions if one.probe.grad is not None]
+        done = [one for one in sessions if one.probe.grad is not None]
+        backwards = len(self._reached)
+        self._reached.clear()
+        _check_passes(backwards, len(done))
+        return [self._backward(one, reduction, by_layer) for one in done]
 
     def _open(self, session: Session) -> None:
+        reached = self._reached  # Not self: the probe would close a cycle.
+        session.probe.register_post_accumulate_grad_hook(lambda _: reached.append(None))
         session.first_order = session.beside = True
         session.per_parameter = {} if self._per_layer else None
         self._sessions.append(session)
@@ -129,14 +150,15 @@ class BackwardSource(Source):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._model, self._samples, self._pass = model, 0, -1
+        self._model, self._samples, self._forwards, self._pass = model, 0, 0, -1
         self._passes: list[tuple[int, dict[int, Tensor]]] = []
         self._handles = [p.register_hook(partial(self._square, i)) for i, p in enumerate(self.parameters)]
         self._handles.append(model.register_forward_pre_hook(self._count, with_kwargs=True))
 
     def _count(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.on and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        if torch.is_grad_enabled() and self._model.training and torch._C._current_graph_task_id() == -1:
             self._samples = batch_size(args, kwargs)
+            self._forwards += 1
 
     def _square(self, number: int, gradient: Tensor) -> None:
         if not self.on or not self._model.training:
@@ -153,6 +175,8 @@ class BackwardSource(Source):
         passes, self._passes = self._passes, []
         if reduction.counts is not None:
             raise FastregError("Monitor.step: counts go with micro_batch_size=b, got them with None")
+        forwards, self._forwards = self._forwards, max(self._forwards - len(passes), 0)
+        _check_passes(len(passes), forwards)
         return [self._backward(samples, found, reduction, by_layer) for samples, found in passes]
 
     def _backward(
@@ -168,3 +192,12 @@ class BackwardSource(Source):
             handle.remove()
         self._handles.clear()
         self._passes.clear()
+
+
+def _check_passes(backwards: int, forwards: int) -> None:
+    """The squares of the parts of a gradient do not add up to its square."""
+    if backwards > forwards:
+        raise FastregError(
+            f"Monitor.step: every forward must have one backward pass, got {backwards} for {forwards} (add losses up "
+            "before backward; call checkpoint with use_reentrant=False)"
+        )

@@ -100,14 +100,9 @@ class NormAffine(Function):
             return (None,) * 6
         norm, use, (x, weight, bias, mean, rstd) = ctx.norm, ctx.use, ctx.saved_tensors
         wanted = wanted_by(use, ctx.needs_input_grad[1:])
-        if use.session.phase is not Phase.PLAIN and _shared(use):
+        if use.session.phase is not Phase.PLAIN and use.shared:
             deposit_shared(use, norm.normalized(x), d, weight, bias)
         return None, None, *NormAffineBackward.apply(norm, use, wanted, d, x, weight, bias, mean, rstd)
-
-
-def _shared(use: Use) -> bool:
-    """Whether a parameter of this use has others, so that the root joins them."""
-    return any(lineage is not None and not use.alone(lineage) for lineage in (use.weight, use.bias))
 
 
 class NormAffineBackward(Function):
@@ -129,7 +124,7 @@ class NormAffineBackward(Function):
         session = use.session
         ctx.set_materialize_grads(False)
         ctx.norm, ctx.norms = norm, wanted.norms
-        ctx.pick = pick = Selection(session.micro_batches, session.selected if session.phase is Phase.CHAIN else None)
+        ctx.pick = pick = session.pick()
         d, x, mean, rstd = (pick.take(rows) for rows in (d.contiguous(), x, mean, rstd))
         # Without norms the sums over all rows are enough.
         ctx.offsets = pick.kept.offsets(mean.shape[0]) if any(wanted.norms) else (0, mean.shape[0])

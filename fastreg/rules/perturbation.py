@@ -42,10 +42,13 @@ class DenseDirection(Direction):
     """Gradients ``[m, *w.shape]`` and ``[m, *b.shape]``, None for a parameter that is not perturbed.
 
     They are turned into perturbed parameters when they are first met: then one product serves ``w`` and ``G_k``.
+
+    Args:
+        used_up: whether the perturbed weights may take the place of the gradients, which saves their memory.
     """
 
-    def __init__(self, of_weight: Tensor | None, of_bias: Tensor | None) -> None:
-        self.of_weight, self.of_bias = of_weight, of_bias
+    def __init__(self, of_weight: Tensor | None, of_bias: Tensor | None, used_up: bool = False) -> None:
+        self.of_weight, self.of_bias, self.used_up = of_weight, of_bias, used_up
         self._weights: Tensor | None = None
         self._factors: Tensor | None = None
 
@@ -57,16 +60,22 @@ class DenseDirection(Direction):
             biases = biases if self.of_bias is None else perturbed(bias, self.of_bias, factors)
         if self.of_weight is None:
             return op.with_biases(op.forward(x, weight, None), biases, cut)
-        return op.forward_each(x, self._perturbed_weights(weight, factors), biases, cut)
+        weights = self._perturbed_weights(weight, factors)
+        if cut.count == 1:
+            return op.forward(x, weights[0], None if biases is None else biases[0])
+        return op.forward_each(x, weights, biases, cut)
 
     def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: Tensor | None, x: Tensor) -> Tensor:
+        cut = use.session.micro_batches
         if self.of_weight is None:
             return use.op.transpose(d, weight, x)
-        return use.op.dense_push(d, self._perturbed_weights(weight, factors), x, use.session.micro_batches)
+        weights = self._perturbed_weights(weight, factors)
+        return use.op.transpose(d, weights[0], x) if cut.count == 1 else use.op.dense_push(d, weights, x, cut)
 
     def _perturbed_weights(self, weight: Tensor, factors: Tensor) -> Tensor:
         if self._factors is not factors:
-            self._weights, self._factors = perturbed(weight, self.of_weight, factors), factors
+            out = self.of_weight if self.used_up and self.of_weight.dtype == weight.dtype else None
+            self._weights, self._factors = perturbed(weight, self.of_weight, factors, out), factors
         return self._weights
 
 
@@ -143,10 +152,10 @@ def _add_products(
     return cut.scaled(moved.view(onto.shape), factors, onto)
 
 
-def perturbed(parameter: Tensor, gradients: Tensor, factors: Tensor) -> Tensor:
+def perturbed(parameter: Tensor, gradients: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
     """``p + c_k G_k``: ``[m, *p.shape]``, in the dtype of ``p``."""
     aligned = factors.to(gradients.dtype).reshape(-1, *(1,) * parameter.dim())
-    return torch.addcmul(parameter, gradients, aligned).to(parameter.dtype)
+    return torch.addcmul(parameter, gradients, aligned, out=out).to(parameter.dtype)
 
 
 class Perturbation:
@@ -156,13 +165,14 @@ class Perturbation:
         adaptive: measure and move each parameter in units of its own magnitude: ``G_k`` is then ``|w|^2 grad C_k``, and
             its squared norm ``|| |w| grad C_k ||^2`` (Kwon et al. 2021, arXiv:2102.11600, eq. 7).
         with_gradients: whether the pass that leaves it forms the gradients of the parameters too.
+        used_up: whether one pass at perturbed weights is all that follows.
 
     Attributes:
         factors: ``c_k``, ``[m]``, known after the first pass.
     """
 
-    def __init__(self, adaptive: bool = False, with_gradients: bool = False) -> None:
-        self.adaptive, self.with_gradients = adaptive, with_gradients
+    def __init__(self, adaptive: bool = False, with_gradients: bool = False, used_up: bool = False) -> None:
+        self.adaptive, self.with_gradients, self.used_up = adaptive, with_gradients, used_up
         self.factors: Tensor | None = None
         self._own: dict[int, Direction] = {}
         self._joined: dict[int, Tensor] = {}
@@ -192,7 +202,7 @@ class Perturbation:
             one, direction = (None, None) if gradients is None else self.measured(gradients, parameter)
             squared.append(one)
             moved.append(direction)
-        self.keep(use, Parts(of_weight is not None, of_bias is not None), DenseDirection(*moved))
+        self.keep(use, Parts(of_weight is not None, of_bias is not None), DenseDirection(*moved, self.used_up))
         return sum(one for one in squared if one is not None)
 
     def keep_joined(self, lineage: Lineage, gradients: Tensor) -> Tensor:

@@ -89,26 +89,33 @@ class Tap(Function):
         squared, root = None, ctx.next_functions[-1][0]
         # A pass that does not end at the probe (input gradients, say) has no use for norms, and must not leave parts.
         if d is not None and session.phase is not Phase.PLAIN and torch._C._will_engine_execute_node(root):
-            x = x if ctx.before is None else ctx.before(x)
-            deposit_shared(use, x, d, weight, bias)
+            before = ctx.before or _unchanged
+            if use.shared:
+                deposit_shared(use, before(x), d, weight, bias)
             norms = Parts(use.alone(use.weight), use.alone(use.bias))
             if any(norms):
-                squared = _norms_beside(use, norms, use.op.laid_out(d), x, weight, bias).to(session.probe.dtype)
+                pick = session.pick()
+                rows = before(pick.take(x)), use.op.laid_out(pick.take(d))
+                squared = pick.put_segments(_norms_beside(use, norms, *rows, weight, bias, pick))
         return None, None, d, None, None, None, squared
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 def _norms_beside(
-    use: Use, norms: Parts, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    use: Use, norms: Parts, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None, pick: Selection
 ) -> Tensor:
-    """Squared norms ``[m]``, noted for each parameter if asked for."""
-    session = use.session
+    """Squared norms of the micro-batches picked, noted for each parameter if asked for."""
+    session, dtype = use.session, use.session.probe.dtype
     if session.per_parameter is None:
-        return use.op.norms(x, d, weight, bias, norms, session.micro_batches)
+        return use.op.norms(x, d, weight, bias, norms, pick.kept).to(dtype)
     total = None
     for lineage, part in ((use.weight, Parts(norms.weight, False)), (use.bias, Parts(False, norms.bias))):
         if any(part):
-            squared = use.op.norms(x, d, weight, bias, part, session.micro_batches)
-            session.add_norms(lineage.key, squared)
+            squared = use.op.norms(x, d, weight, bias, part, pick.kept).to(dtype)
+            session.add_norms(lineage.key, pick.put_segments(squared))
             total = squared if total is None else total + squared
     return total
 
@@ -140,7 +147,7 @@ class RoutedBackward(Function):
         session, op, norms = use.session, use.op, wanted.norms
         ctx.set_materialize_grads(False)
         ctx.use, ctx.wanted = use, wanted
-        ctx.pick = pick = Selection(session.micro_batches, session.selected if session.phase is Phase.CHAIN else None)
+        ctx.pick = pick = session.pick()
         d, x = op.laid_out(pick.take(d)), pick.take(x)
         dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
         dw = db = squared = tangent = memo = None

@@ -101,6 +101,11 @@ class Tape:
             return self.enter(use, x, weight, bias)
         low = torch.get_autocast_dtype(device)
         self.session.dtypes.add(low)
+        if self.session.beside and (x.is_cuda or weight.dim() == 2):
+            # Autocast keeps the parameters it casts, and the gradients of all uses of one are added up there: bits
+            # are torch's if it is left to it. On the CPU it does not know torch.convolution.
+            x = x.to(low)
+            return self.tap(use, use.op.forward(x, weight, bias), x, weight, bias)
         x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
         with torch.autocast(device, enabled=False):
             return self.enter(use, x, weight, bias)

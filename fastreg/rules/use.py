@@ -63,3 +63,8 @@ class Use:
     def alone(self, lineage: Lineage | None) -> bool:
         """Whether this use alone makes up the parameter's gradient, so that its norm is the parameter's."""
         return lineage is not None and lineage.isometric and self.session.uses[lineage.key] == 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether a parameter of this use has others, so that the root joins them."""
+        return any(lineage is not None and not self.alone(lineage) for lineage in (self.weight, self.bias))
