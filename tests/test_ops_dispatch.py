@@ -31,8 +31,8 @@ def test_first_able_and_not_slower_implementation_is_chosen() -> None:
 
 
 def test_measured_loss_steers_the_choice_but_not_a_forced_backend() -> None:
-    long = torch.ones(400, 300)
-    args = (long, long, [0, 100, 200, 300, 400], False)
+    long = torch.ones(2400, 1300)
+    args = (long, long, [0, 600, 1200, 1800, 2400], False)
     lines = {line.name: line for line in explain("outer_sqnorm", *args)}
     assert lines["reference"].chosen
     assert "rows per segment" in lines["native"].reason
