@@ -161,7 +161,11 @@ class Selection:
 
     def take_segments(self, values: Tensor) -> Tensor:
         """The entries of ``values [m]`` that belong to the chosen micro-batches."""
-        return values if self.chosen is None else values[list(self.chosen)]
+        if self.chosen is None:
+            return values
+        if self._adjacent:
+            return values[self.chosen[0] : self.chosen[-1] + 1]
+        return values[list(self.chosen)]
 
     def put_segments(self, values: Tensor) -> Tensor:
         """``values`` of the chosen micro-batches at their places in ``[m]`` zeros."""

@@ -83,9 +83,9 @@ class Session:
         self.perturbation: Perturbation | None = None
         self.beside = False
 
-    def pick(self) -> Selection:
-        """The micro-batches whose norms are asked for: the selected ones, but in an ordinary backward all."""
-        return Selection(self.micro_batches, self.selected if self.phase is Phase.CHAIN or self.beside else None)
+    def pick(self, *, norms_alone: bool = False) -> Selection:
+        """The selected micro-batches where only norms are computed; all where an ordinary backward goes on from it."""
+        return Selection(self.micro_batches, self.selected if norms_alone or self.phase is Phase.CHAIN else None)
 
     @property
     def open(self) -> bool:

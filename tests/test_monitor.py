@@ -87,19 +87,61 @@ def test_norms_are_those_of_a_loop(case: Case, size: int) -> None:
     close(sum(v for name, v in found.items() if "noise_trace/" in name), found["fastreg/noise_trace"])
 
 
+@pytest.mark.parametrize(("size", "turns"), [(1, [(0, 1), (2, 3), (4, 5), (6,)]), (2, [(0,), (1,), (2,), (3,)])])
+@pytest.mark.parametrize("case", MONITORED, **named)
+def test_a_fraction_of_the_micro_batches_in_turn(case: Case, size: int, turns: list[tuple[int, ...]]) -> None:
+    """Seven samples; the last turn of single ones starts early enough to be as long as the others."""
+    turns = [(5, 6) if turn == (6,) else turn for turn in turns]
+    want = oracle.sq_norms_by_parameter(case.model(), case.loss_fn, *case.batch(7), size)
+    model, plain, by_module = case.model(), case.model(), defaultdict(float)
+    train(plain, case, 7)
+    for name, squared in want.items():
+        by_module[name.rpartition(".")[0] or "(model)"] += squared
+    by_module[""] = sum(want.values())
+    monitor = Monitor(model, ("micro_batch_grad_norm", "noise_trace"), micro_batch_size=size, per_layer=True)
+    for turn in (*turns, *turns[:2]):
+        model.zero_grad()
+        train(model, case, 7)
+        assert_equal(model, plain, EXACT if case.name in DECOMPOSED else 0.0)
+        found = monitor.step()
+        for module, squared in by_module.items():
+            name = "fastreg/micro_batch_grad_norm" + (f"/{module}" if module else "")
+            torch.testing.assert_close(found[name].square(), squared[list(turn)].mean(), rtol=1e-10, atol=1e-18)
+
+
+@pytest.mark.parametrize("case", MONITORED, **named)
+def test_a_fraction_of_the_fisher_trace(case: Case) -> None:
+    """The labels drawn are the same; their mean over turns that divide the batch is that of all."""
+    found = []
+    for fraction in (0.5, 1.0):
+        model = case.model()
+        monitor = Monitor(model, ("fisher_trace",), fraction=fraction, seed=3)
+        values = []
+        for _ in range(2):
+            monitor._source.draws = 0
+            train(model, case)
+            values.append(monitor.step(scale=1.0)["fastreg/fisher_trace"])
+        found.append(torch.stack(values).mean())
+    torch.testing.assert_close(*found, rtol=1e-11, atol=0)
+
+
 def test_norms_where_the_loss_is_a_mean_over_tokens() -> None:
     case, counts = BY_NAME["gpt_tied"], torch.tensor([5, 1, 3, 5, 2, 4])
     model, (inputs, targets) = case.model(), case.batch(SAMPLES)
     targets = targets.masked_fill(torch.arange(5) >= counts.unsqueeze(1), -100)
     loss = lambda outputs, labels: F.cross_entropy(outputs.flatten(0, 1), labels.flatten())  # noqa: E731
     want = oracle.sq_norms(model, loss, inputs, targets, 1)
-    monitor = Monitor(model, ("sample_norms", "noise_trace", "grad_norm"))
-    loss(model(inputs), targets).backward()
-    found = monitor.step(counts=counts)
-    torch.testing.assert_close(found["fastreg/sample_norms"].square(), want, rtol=1e-11, atol=0)
-    inverse = (1 / counts.double()).mean() - 1 / counts.sum().double()
-    trace = (want.mean() - found["fastreg/grad_norm"].square()) / inverse
-    torch.testing.assert_close(found["fastreg/noise_trace"], trace, rtol=1e-10, atol=0)
+    for chosen, aligned in ((slice(None), ("sample_norms",)), (slice(0, 2), ())):
+        model.zero_grad()
+        monitor = Monitor(model, (*aligned, "noise_trace", "grad_norm"))
+        loss(model(inputs), targets).backward()
+        found = monitor.step(counts=counts)
+        monitor.remove()
+        for name in aligned:
+            torch.testing.assert_close(found[f"fastreg/{name}"].square(), want, rtol=1e-11, atol=0)
+        inverse = (1 / counts.double())[chosen].mean() - 1 / counts.sum().double()
+        trace = (want[chosen].mean() - found["fastreg/grad_norm"].square()) / inverse
+        torch.testing.assert_close(found["fastreg/noise_trace"], trace, rtol=1e-10, atol=0)
 
 
 # Ways to train

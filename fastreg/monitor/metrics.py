@@ -36,6 +36,7 @@ class Metric:
         value: 0-d, or by layer; ``[m]`` for norms.
         about: formula and unit, in words.
         layered: whether there is one for every layer.
+        aligned: whether it has an entry for every micro-batch, so that all must be measured.
         samples: whether micro-batches must be single samples.
         fisher: whether it needs labels drawn from the model.
     """
@@ -43,6 +44,7 @@ class Metric:
     value: Callable[[Measured], Tensor]
     about: str
     layered: bool = False
+    aligned: bool = False
     samples: bool = False
     fisher: bool = False
 
@@ -56,8 +58,10 @@ METRICS = {
     "micro_batch_grad_norm": Metric(
         lambda m: m.small.sqrt(), "root mean square over micro-batches of ||g_k||", True
     ),
-    "sample_norms": Metric(lambda m: m.norms, "||g_i|| of every sample, in the order of the batch", samples=True),
-    "micro_batch_norms": Metric(lambda m: m.norms, "||g_k|| of every micro-batch"),
+    "sample_norms": Metric(
+        lambda m: m.norms, "||g_i|| of every sample, in the order of the batch", aligned=True, samples=True
+    ),
+    "micro_batch_norms": Metric(lambda m: m.norms, "||g_k|| of every micro-batch", aligned=True),
     "empirical_fisher_trace": Metric(
         lambda m: m.small, "mean ||g_i||^2, the Fisher trace with the batch's own labels", True, samples=True
     ),

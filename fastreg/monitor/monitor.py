@@ -12,11 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastreg.errors import FastregError
 from fastreg.loss import Reduction
+from fastreg.monitor.arguments import check_arguments
+from fastreg.monitor.backward_source import BackwardSource
 from fastreg.monitor.means import Layers, Means, squared_gradients
 from fastreg.monitor.metrics import DEFAULT, METRICS, Measured
+from fastreg.monitor.micro_batch_source import MicroBatchSource
 from fastreg.monitor.noise import Average, moments
-from fastreg.monitor.sources import Backward, BackwardSource, MicroBatchSource
+from fastreg.monitor.sources import Backward
 from fastreg.sinks import Sink
+
+# Of a batch's micro-batches, where only means over them are asked for: norms then cost a few percent of a step.
+QUARTER = 0.25
 
 
 class Monitor:
@@ -47,6 +53,8 @@ class Monitor:
         micro_batch_size: b, samples per micro-batch, 1 for per-sample norms. None: every backward pass is one
             micro-batch (accumulation steps, and ranks of DistributedDataParallel); this works with any model and costs
             one read of the gradients.
+        fraction: share of the micro-batches of every batch that are measured, in turn, in (0, 1]. Estimates of means
+            stay unbiased. None: all where a metric has an entry for each of them, a quarter otherwise.
         ema: decay of the averages over measured steps, in [0, 1).
         every: measure at every ``every``-th step; in between nothing is recorded.
         per_layer: measure every module with parameters of its own as well: ``fastreg/<metric>/<module>``.
@@ -76,20 +84,23 @@ class Monitor:
         metrics: Sequence[str] = DEFAULT,
         *,
         micro_batch_size: int | None = 1,
+        fraction: float | None = None,
         ema: float = 0.99,
         every: int = 1,
         per_layer: bool = False,
         sinks: Sequence[Sink] = (),
         seed: int | None = None,
     ) -> None:
-        _check_arguments(metrics, micro_batch_size, ema, every)
+        check_arguments(metrics, micro_batch_size, fraction, ema, every)
         self.model, self.every, self.sinks = model, every, tuple(sinks)
         self.metrics: dict[str, Tensor] = {}
         self._names = tuple(metrics)
         if micro_batch_size is None:
             self._source = BackwardSource(model)
         else:
-            self._source = MicroBatchSource(model, micro_batch_size, per_layer, seed)
+            if fraction is None:
+                fraction = 1.0 if any(METRICS[name].aligned for name in metrics) else QUARTER
+            self._source = MicroBatchSource(model, micro_batch_size, fraction, per_layer, seed)
             if any(METRICS[name].fisher for name in metrics):
                 self._source.trace_fisher()
         self._layers = Layers(model, self._source.parameters) if per_layer else None
@@ -135,16 +146,14 @@ class Monitor:
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint must hold for the next values to be the same."""
-        draws = (self._source.seed, self._source.draws) if isinstance(self._source, MicroBatchSource) else None
-        return {"steps": self._steps, "average": self._average.state_dict(), "draws": draws}
+        return {"steps": self._steps, "average": self._average.state_dict(), "source": self._source.state_dict()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore :meth:`state_dict`."""
         self._steps = state["steps"]
         self._source.on = self._steps % self.every == 0
         self._average.load_state_dict(state["average"])
-        if isinstance(self._source, MicroBatchSource) and state["draws"] is not None:
-            self._source.seed, self._source.draws = state["draws"]
+        self._source.load_state_dict(state["source"])
 
     def _by_layer(self, squared: Tensor) -> Tensor:
         return squared.sum(-1, keepdim=True) if self._layers is None else self._layers.sums(squared)
@@ -188,20 +197,3 @@ class Monitor:
         values = torch.stack([value.double() for value in scalars.values()]).tolist()
         for sink in self.sinks:
             sink.write(number, dict(zip(scalars, values, strict=True)))
-
-
-def _check_arguments(metrics: Sequence[str], micro_batch_size: int | None, ema: float, every: int) -> None:
-    unknown = [name for name in metrics if name not in METRICS]
-    if isinstance(metrics, str) or not metrics or unknown:
-        raise FastregError(f"Monitor: metrics must be names among {list(METRICS)}, got {unknown or metrics!r}")
-    for name, number in (("micro_batch_size", micro_batch_size), ("every", every)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            if (name, number) != ("micro_batch_size", None):
-                raise FastregError(f"Monitor: {name} must be an integer >= 1, got {number!r}")
-    if isinstance(ema, bool) or not isinstance(ema, (int, float)) or not 0 <= ema < 1:
-        raise FastregError(f"Monitor: ema must be in [0, 1), got {ema!r}")
-    for name in metrics:
-        if METRICS[name].samples and micro_batch_size != 1:
-            raise FastregError(f"Monitor: {name} must have micro_batch_size=1, got {micro_batch_size}")
-        if METRICS[name].fisher and micro_batch_size is None:
-            raise FastregError(f"Monitor: {name} must have a micro_batch_size, got None (choose 1)")

@@ -86,7 +86,7 @@ class Root(Function):
 
 def _joined(session: Session, deposits: list[Deposit]) -> Tensor:
     """Squared norms ``[m]`` of one parameter, by the cheaper of row form and dense form."""
-    pick = session.pick()
+    pick = session.pick(norms_alone=True)
     exact = torch.is_grad_enabled()
     factors = [deposit.rows() for deposit in deposits]
     by_rows = session.phase is not Phase.DIRECTIONS and None not in factors

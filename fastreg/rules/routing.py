@@ -94,7 +94,7 @@ class Tap(Function):
                 deposit_shared(use, before(x), d, weight, bias)
             norms = Parts(use.alone(use.weight), use.alone(use.bias))
             if any(norms):
-                pick = session.pick()
+                pick = session.pick(norms_alone=True)
                 rows = before(pick.take(x)), use.op.laid_out(pick.take(d))
                 squared = pick.put_segments(_norms_beside(use, norms, *rows, weight, bias, pick))
         return None, None, d, None, None, None, squared
