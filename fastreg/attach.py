@@ -1,7 +1,11 @@
-"""What a model must not be when fastreg attaches to it."""
+"""What a model must not be when fastreg attaches to it, and what must not happen to it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,3 +50,15 @@ def check_model(model: object, *, differentiated_twice: bool = True) -> None:
                 "backward its gradients are silently not reduced: drop static_graph)"
             )
 
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what happens to the model's buffers (batch norm statistics) inside the block."""
+    kept = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before, version in kept:
+                if buffer._version != version:
+                    buffer.copy_(before)

@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 
 from fastreg.errors import FastregError
 from fastreg.rules.routing import Routed
+from fastreg.rules.spread import Spread
 from fastreg.session import Session
 
 _ATTENTION = "compute attention with F.scaled_dot_product_attention inside the model, where it is routed"
@@ -29,6 +30,7 @@ OFFENDERS: dict[str, tuple[str, str]] = {
 KINKS = ("Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Hardtanh", "Hardswish", "Hardsigmoid", "Threshold",
          "Abs", "Clamp", "Softshrink", "Hardshrink", "MaxPool", "Maximum", "Minimum")  # fmt: skip
 
+_ROUTED = (Routed, Spread)
 _trusted: set[type] = set()
 
 
@@ -75,8 +77,8 @@ def kinks(loss: Tensor) -> list[str]:
 def _refuse_unrecorded_uses(nodes: list, names: dict[int, str]) -> None:
     """A tracked parameter may be met by recorded operations, and by what leads to their weight and bias, alone."""
     recorded = {node for node in nodes if isinstance(node, BackwardCFunction) and _ours(node._forward_cls)}
-    # The edges of a routed operation are those of x, of its weight and bias if it has them, and of the probe.
-    sides = [edge for node in recorded if node._forward_cls is Routed for edge, _ in node.next_functions[1:-1]]
+    # The edges of a routed operation are those of x, of its weight and bias if it has them, and of what stands beside.
+    sides = [edge for node in recorded if node._forward_cls in _ROUTED for edge, _ in node.next_functions[1:]]
     allowed = recorded | set(_nodes(sides))
     for node in nodes:
         if node in allowed:
@@ -97,7 +99,7 @@ def _ours(function: type) -> bool:
 
 def _check_function(node: BackwardCFunction, session: Session) -> None:
     function = node._forward_cls
-    if function is Routed:
+    if function in _ROUTED:
         if node.use.session is not session:
             raise FastregError(
                 "reg: the loss must depend on forwards recorded since the last call of reg, got an earlier one "

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastreg.attach import check_model
+from fastreg.attach import buffers_kept, check_model
 from fastreg.errors import FastregError
 from fastreg.recording import Recorder
 from fastreg.rules.perturbation import Perturbation
@@ -78,7 +78,7 @@ class PerturbedPasses:
                 )
             session.first_order, session.perturbation = True, remaining.pop(0).directions
 
-        with self._recording(Phase.PLAIN, perturb), _buffers_kept(self.model):
+        with self._recording(Phase.PLAIN, perturb), buffers_kept(self.model):
             yield
 
     @contextmanager
@@ -104,16 +104,3 @@ class PerturbedPasses:
     def _without_reduction(self) -> AbstractContextManager:
         """Ranks perturb along their own gradients, so the first pass has nothing to exchange."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what happens to the model's buffers inside the block."""
-    kept = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before, version in kept:
-                if buffer._version != version:
-                    buffer.copy_(before)

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastreg.attach import buffers_kept
 from fastreg.errors import FastregError
 from fastreg.graph_walk import kinks
 from fastreg.kernels import multi_sqnorm
 from fastreg.loss import Reduction, check_loss, first_tensor
 from fastreg.penalties.base import Penalty
-from fastreg.perturbed_passes import PerturbedPasses, _buffers_kept
+from fastreg.perturbed_passes import PerturbedPasses
 from fastreg.session import Phase, Session
 
 DIFFERENCES = ("forward", "central", "lookahead")
@@ -76,7 +77,7 @@ class PerturbedPenalty:
                 term = _Term(self, penalty, reduction, trainable, penalty.weight * every * reduction.scale)
                 if number:
                     rewind()
-                with _buffers_kept(self.model) if number else nullcontext():
+                with buffers_kept(self.model) if number else nullcontext():
                     loss, own = term.first(run, loss)
                 gradients = _plus(gradients, own)
                 for sign in term.signs:

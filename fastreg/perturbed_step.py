@@ -48,11 +48,13 @@ class PerturbedStep:
         """The loss at the unperturbed weights.
 
         Raises:
-            FastregError: the closure does not run the model and a backward, or does so differently the second time.
+            FastregError: the closure does not run the model and a backward, or does so differently the second time, or
+                does not return the loss.
         """
         with torch.enable_grad(), self._passes.same_random_numbers() as rewind:
             with self._passes.first(Phase.DIRECTIONS, used_up=True) as sessions:
                 loss = closure()
+            _check_returned(loss)
             for session in sessions:
                 self._direct(session)
             rewind()
@@ -65,3 +67,10 @@ class PerturbedStep:
         if squared is None:
             raise FastregError("step: the closure must run a backward for each forward of the model, got none for one")
         session.directions.factors = self.factors(squared)
+
+
+def _check_returned(loss: object) -> None:
+    if not isinstance(loss, Tensor):
+        raise FastregError(
+            f"step: the closure must return the loss, got {type(loss).__name__} (end it with `return loss`)"
+        )

@@ -17,6 +17,7 @@ from fastreg.micro_batches import MicroBatches, Selection
 
 if TYPE_CHECKING:
     from fastreg.rules.perturbation import Perturbation
+    from fastreg.rules.spread import Leaves
 
 
 class Phase(Enum):
@@ -26,6 +27,12 @@ class Phase(Enum):
     CHAIN = "input gradients and squared norms; no parameter gradient is formed"
     DIRECTIONS = "input gradients and squared norms; what the norms are made of is kept"
     STATISTICS = "input and parameter gradients, and squared norms with them"
+    SYMBOLIC = "input gradients; zeros stand for parameter gradients, in a graph that can be differentiated"
+
+    @property
+    def takes_norms(self) -> bool:
+        """Whether backward passes compute squared norms."""
+        return self not in (Phase.PLAIN, Phase.SYMBOLIC)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Session:
             parameter is involved.
         directions: where backward passes in the phase ``DIRECTIONS`` leave them.
         perturbation: what operations of this forward are perturbed by, or None.
+        leaves: what stands for the parameters of each micro-batch, where gradients are differentiated by them, or None.
         beside: whether torch's own operations compute outputs and gradients, and norms are computed beside them.
     """
 
@@ -81,6 +89,7 @@ class Session:
         self.first_order = False
         self.directions: Perturbation | None = None
         self.perturbation: Perturbation | None = None
+        self.leaves: Leaves | None = None
         self.beside = False
 
     def pick(self, *, norms_alone: bool = False) -> Selection:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import fastreg
@@ -20,7 +18,6 @@ import oracle
 from cases import BY_NAME, CASES, Case
 from fastreg.errors import FastregError
 from test_distributed import assert_mean_over_ranks, join, problem, spawn
-from test_sam import Checkpointed
 
 SAMPLES, WEIGHT = 6, 0.7
 EPS = torch.finfo(torch.float64).eps
@@ -233,58 +230,7 @@ def test_backward_multiplies_and_accumulates_and_runs_once() -> None:
         loss.backward()
 
 
-# What the model may hold
-
-
-def nodes(loss: Tensor) -> set[str]:
-    """Names of the nodes of a graph."""
-    stack, seen = [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += [parent for parent, _ in node.next_functions]
-    return {type(node).__name__ for node in seen}
-
-
-def test_fused_attention_stays() -> None:
-    case, found = BY_NAME["gpt_tied"], []
-    model, (inputs, targets) = case.model(), case.batch(SAMPLES)
-
-    def run() -> Tensor:
-        loss = case.loss_fn(model(inputs), targets)
-        found.append(nodes(loss))
-        return loss
-
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        perturbed(model, fastreg.GradNorm(WEIGHT), 2)(run)
-    assert len(found) == 2
-    assert all("ScaledDotProductFlashAttentionForCpuBackward0" in names for names in found)
-
-
-@pytest.mark.parametrize("difference", ["forward", "central"])
-def test_activation_checkpointing(difference: str) -> None:
-    torch.manual_seed(0)
-    model = Checkpointed().double()
-    x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
-    gradients = []
-    for model.again in (True, False):
-        reg = perturbed(model, fastreg.GradNorm(WEIGHT), 2, difference=difference)
-        reg(lambda: F.cross_entropy(model(x), y)).backward()
-        reg.remove()
-        gradients.append(oracle.collected_gradient(model))
-    oracle.assert_same_gradient(*gradients)
-
-
-def test_a_compiled_model() -> None:
-    case = BY_NAME["mlp_gelu"]
-    model, (inputs, targets) = case.model(), case.batch(SAMPLES)
-    want = gradient(model, case, fastreg.GradNorm(WEIGHT), 2)
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(inputs)
-    reg = perturbed(compiled, fastreg.GradNorm(WEIGHT), 2)
-    reg(lambda: case.loss_fn(compiled(inputs), targets)).backward()
-    oracle.assert_same_gradient(oracle.collected_gradient(model), want)
+# Random numbers and buffers
 
 
 @pytest.mark.parametrize("difference", ["forward", "central"])

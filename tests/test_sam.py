@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import oracle
 from cases import BY_NAME, CASES, Case
@@ -147,32 +146,6 @@ def test_both_passes_drop_the_same_units_and_statistics_move_once() -> None:
         torch.testing.assert_close(buffer, want)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.middle, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.again = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x).tanh()
-        inner = lambda h: self.middle(h).tanh()  # noqa: E731
-        hidden = checkpoint(inner, hidden, use_reentrant=False) if self.again else inner(hidden)
-        return self.last(hidden)
-
-
-def test_activation_checkpointing() -> None:
-    torch.manual_seed(0)
-    model = Checkpointed().double()
-    x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
-    gradients = []
-    for model.again in (True, False):
-        optimizer = SAM(sgd(model), model, rho=RHO, micro_batch_size=2)
-        optimizer.backward(closure_of(optimizer, model, lambda: F.cross_entropy(model(x), y)))
-        optimizer.remove()
-        gradients.append(oracle.collected_gradient(model))
-    oracle.assert_same_gradient(*gradients)
-
-
 def test_accumulation_inside_the_closure() -> None:
     """Each forward has its own micro-batches and its own backward."""
     case = BY_NAME["mlp_gelu"]
@@ -189,6 +162,26 @@ def test_accumulation_inside_the_closure() -> None:
         return torch.stack(losses).sum()
 
     optimizer.backward(closure)
+    oracle.assert_same_gradient(oracle.collected_gradient(model), want)
+
+
+@pytest.mark.parametrize("name", ["raw_parameters", "called_twice", "lstm"])
+def test_a_pass_of_input_gradients_leaves_nothing_behind(name: str) -> None:
+    """Parameters used several times are put together from what their uses leave, which must be that of one pass."""
+    case = BY_NAME[name]
+    model, (inputs, targets) = case.model(), case.batch(6)
+    optimizer = SAM(sgd(model), model, rho=0.1, micro_batch_size=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        leaf = inputs.detach().requires_grad_()
+        loss = case.loss_fn(model(leaf), targets)
+        torch.autograd.grad(loss, leaf, retain_graph=True)
+        loss.backward()
+        return loss
+
+    optimizer.backward(closure)
+    want = sequential_gradient(case.model(), case.loss_fn, inputs, targets, 2, 0.1)
     oracle.assert_same_gradient(oracle.collected_gradient(model), want)
 
 
@@ -302,6 +295,15 @@ def test_wrong_closures() -> None:
         optimizer.step(lambda: model(torch.randn(3, 2)).sum())
     with pytest.raises(FastregError, match="another one of 4 samples"):
         optimizer.step(closure_of(optimizer, model, lambda: model(next(batches)).sum()))
+
+
+@pytest.mark.parametrize("returned", [lambda _: None, Tensor.item, lambda loss: (loss,)])
+def test_closures_that_return_no_loss(returned: Callable[[Tensor], object]) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = SAM(sgd(model), model, micro_batch_size=1)
+    run = closure_of(optimizer, model, lambda: model(torch.ones(3, 2)).sum())
+    with pytest.raises(FastregError, match=r"must return the loss, got (NoneType|float|tuple) \(end it with"):
+        optimizer.step(lambda: returned(run()))
 
 
 def test_indices_that_change_between_the_passes() -> None:

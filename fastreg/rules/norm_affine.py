@@ -26,7 +26,7 @@ from fastreg.micro_batches import Selection
 from fastreg.normalize import normalize_rows
 from fastreg.rules.affine import Scale
 from fastreg.rules.bilinear import Parts, sum_squares
-from fastreg.rules.routing import Wanted, deposit_shared, wanted_by
+from fastreg.rules.routing import Wanted, deposit_shared, takes_norms, wanted_by
 from fastreg.rules.tape import Tape
 from fastreg.rules.use import Use
 from fastreg.session import Phase
@@ -63,7 +63,7 @@ class Norm:
 
 def fits(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the fused form serves these operands: a tracked scale, and one dtype that compiled code takes."""
-    if tape.session.perturbation is not None:
+    if tape.session.perturbation is not None or tape.session.leaves is not None:
         return False
     present = [p for p in (weight, bias) if p is not None]
     tracked = weight is not None and all(tape.lineage(p) is not None for p in present)
@@ -99,8 +99,8 @@ class NormAffine(Function):
         if d is None:
             return (None,) * 6
         norm, use, (x, weight, bias, mean, rstd) = ctx.norm, ctx.use, ctx.saved_tensors
-        wanted = wanted_by(use, ctx.needs_input_grad[1:])
-        if use.session.phase is not Phase.PLAIN and use.shared:
+        wanted = wanted_by(ctx, use, ctx.needs_input_grad[1:])
+        if takes_norms(ctx, use) and use.shared:
             deposit_shared(use, norm.normalized(x), d, weight, bias)
         return None, None, *NormAffineBackward.apply(norm, use, wanted, d, x, weight, bias, mean, rstd)
 

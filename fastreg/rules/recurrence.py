@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from fastreg.errors import FastregError
 from fastreg.rules.linear import Linear
-from fastreg.rules.routing import RoutedBackward, deposit_shared, wanted_by
+from fastreg.rules.routing import RoutedBackward, deposit_shared, takes_norms, wanted_by
 from fastreg.rules.use import Use
-from fastreg.session import Phase
 
 
 class Handover:
@@ -53,7 +52,9 @@ class Leave(Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (ctx.handover.states,) = ctx.saved_tensors
+        (states,) = ctx.saved_tensors
+        # A pass that does not reach Enter leaves them there: with their graph they would close a cycle.
+        ctx.handover.states = states if torch.is_grad_enabled() else states.detach()
         return None, *grads
 
 
@@ -82,8 +83,8 @@ class Enter(Function):
     def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
         use, (weight, bias) = ctx.use, ctx.saved_tensors
         rows = ctx.handover.take()[:, :-1]
-        wanted = wanted_by(use, (False, False, *ctx.needs_input_grad[3:5]))
-        if use.session.phase is not Phase.PLAIN:
+        wanted = wanted_by(ctx, use, (False, False, *ctx.needs_input_grad[3:5]))
+        if takes_norms(ctx, use):
             deposit_shared(use, rows, d, weight, bias)
         return None, None, d, *RoutedBackward.apply(use, wanted, d, rows, weight, bias)[1:]
 

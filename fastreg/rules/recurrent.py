@@ -149,8 +149,8 @@ def _run(
     given = given.flip(1) if reverse else given
     base = given if cell.joined else torch.zeros_like(given)
     use, handover = _use(tape, weights), Handover()
-    if tape.perturbs(use):
-        # Of first order, and at weights of its own in every micro-batch: each step is an operation like any other.
+    if tape.differs(use):
+        # At weights of its own in every micro-batch: each step is an operation like any other.
         terms, product = base, lambda term, h: term + tape.enter(use, h, *weights[1::2])
     else:
         terms = Enter.apply(use, handover, base, *weights[1::2], tape.root)

@@ -53,8 +53,8 @@ class Routed(Function):
         if d is None:
             return (None,) * 5
         use, (x, weight, bias) = ctx.use, ctx.saved_tensors
-        wanted = wanted_by(use, ctx.needs_input_grad)
-        if use.session.phase is not Phase.PLAIN:
+        wanted = wanted_by(ctx, use, ctx.needs_input_grad)
+        if takes_norms(ctx, use):
             deposit_shared(use, x, d, weight, bias)
         return None, *RoutedBackward.apply(use, wanted, d, x, weight, bias)
 
@@ -86,9 +86,8 @@ class Tap(Function):
     @once_differentiable
     def backward(ctx, d: Tensor | None):
         use, session, (x, weight, bias) = ctx.use, ctx.use.session, ctx.saved_tensors
-        squared, root = None, ctx.next_functions[-1][0]
-        # A pass that does not end at the probe (input gradients, say) has no use for norms, and must not leave parts.
-        if d is not None and session.phase is not Phase.PLAIN and torch._C._will_engine_execute_node(root):
+        squared = None
+        if d is not None and takes_norms(ctx, use):
             before = ctx.before or _unchanged
             if use.shared:
                 deposit_shared(use, before(x), d, weight, bias)
@@ -120,14 +119,19 @@ def _norms_beside(
     return total
 
 
-def wanted_by(use: Use, needs: tuple[bool, ...]) -> Wanted:
+def takes_norms(ctx, use: Use) -> bool:
+    """Whether this pass computes squared norms; one that does not end at the probe (input gradients, say) must not."""
+    return use.session.phase.takes_norms and torch._C._will_engine_execute_node(ctx.next_functions[-1][0])
+
+
+def wanted_by(ctx, use: Use, needs: tuple[bool, ...]) -> Wanted:
     """What the session's phase asks of one use; ``needs`` is the operation's ``ctx.needs_input_grad``."""
     phase = use.session.phase
-    parameters = phase in (Phase.PLAIN, Phase.STATISTICS)
+    parameters = phase in (Phase.PLAIN, Phase.STATISTICS, Phase.SYMBOLIC)
     if phase is Phase.DIRECTIONS:
         parameters = use.session.directions.with_gradients
     norms = Parts(False, False)
-    if phase is not Phase.PLAIN:
+    if takes_norms(ctx, use):
         norms = Parts(use.alone(use.weight), use.alone(use.bias))
     return Wanted(needs[1], needs[2] and parameters, needs[3] and parameters, norms, torch.is_grad_enabled())
 
@@ -157,10 +161,11 @@ class RoutedBackward(Function):
             dw, db, squared = op.with_norms(x, d, weight, bias, norms, pick.kept)
         elif any(norms):
             squared, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
+        symbolic = session.phase is Phase.SYMBOLIC
         if wanted.dw and dw is None:
-            dw = op.outer(x, d, weight)
+            dw = symbol(weight) if symbolic else op.outer(x, d, weight)
         if wanted.db and db is None:
-            db = op.bias_total(d, bias)
+            db = symbol(bias) if symbolic else op.bias_total(d, bias)
         ctx.save_for_backward(d, x, weight, tangent, memo)
         if session.per_parameter is not None:
             _note_each(use, norms, d, x, weight, bias, pick)
@@ -211,6 +216,11 @@ def _note_each(
         if asked:
             squared = use.op.norms(x, d, weight, bias, part, pick.kept)
             use.session.add_norms(lineage.key, pick.put_segments(squared.to(use.session.probe.dtype)))
+
+
+def symbol(parameter: Tensor) -> Tensor:
+    """Zeros without memory that stand for a gradient, of which only derivatives are asked for."""
+    return parameter.new_zeros(()).expand(parameter.shape)
 
 
 def _plus(known: Tensor | None, term: Tensor) -> Tensor:

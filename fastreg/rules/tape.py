@@ -110,15 +110,17 @@ class Tape:
         with torch.autocast(device, enabled=False):
             return self.enter(use, x, weight, bias)
 
-    def perturbs(self, use: Use) -> bool:
-        """Whether this forward runs an operation at weights that differ between micro-batches."""
+    def differs(self, use: Use) -> bool:
+        """Whether an operation of this forward has weights, or vectors for them, that differ between micro-batches."""
         perturbation = self.session.perturbation
-        return perturbation is not None and perturbation.of(use) is not None
+        return self.session.leaves is not None or (perturbation is not None and perturbation.of(use) is not None)
 
     def enter(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The operation as a node of the graph: recorded, or at perturbed weights."""
+        """The operation as a node of the graph: recorded, at perturbed weights, or with a leaf per micro-batch."""
         if self.session.beside:
             return self.tap(use, use.op.forward(x, weight, bias), x, weight, bias)
+        if self.session.leaves is not None:
+            return self.session.leaves.enter(use, x, weight, bias)
         perturbation = self.session.perturbation
         direction = None if perturbation is None else perturbation.of(use)
         if direction is None:
