@@ -1,0 +1,185 @@
+"""One recorded forward, and products with the derivatives of what follows it.
+
+With ``z = f(w)`` the outputs for one batch and ``g(w)`` the gradient of its loss, all products share the forward, and
+those with the Hessian the first backward. That backward leaves zeros in the place of parameter gradients, with a
+graph: differentiated along ``v`` they give
+
+    H v        gradient of <g, v> by w
+    J v        gradient of <J^T u, v> by u, at u = 0
+    J^T u      a backward
+
+Pearlmutter 1994 (doi:10.1162/neco.1994.6.1.147); J v by two backward passes: Schraudolph 2002
+(doi:10.1162/08997660260028683) has it by a forward one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastreg.attach import buffers_kept, check_model
+from fastreg.chain import squared_norms
+from fastreg.errors import FastregError
+from fastreg.graph_walk import refuse_offenders
+from fastreg.loss import Reduction, check_loss, first_tensor
+from fastreg.micro_batches import MicroBatches
+from fastreg.recording import Recorder
+from fastreg.rules.spread import Leaves
+from fastreg.session import Phase, Session
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Vectors = Sequence[Tensor]
+
+
+class Linearization:
+    """The forward of one batch. Buffers and random numbers are left as they were.
+
+    Args:
+        model: run in its current mode.
+        parameters: name -> parameter, those that vectors are about.
+        inputs: ``[B, ...]``, what the model is called with.
+        micro_batch_size: b; None: one micro-batch of all samples.
+        spread: whether there is another vector for every micro-batch, ``[m, *p.shape]``.
+        apart: whether results are by micro-batch too, instead of sums over them.
+
+    Attributes:
+        outputs: of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        inputs: object,
+        micro_batch_size: int | None = None,
+        *,
+        spread: bool = False,
+        apart: bool = False,
+    ) -> None:
+        check_model(model)
+        self._parameters = list(parameters.values())
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._session: Session | None = None
+        self._spread, self._apart = spread, apart
+        size = sys.maxsize if micro_batch_size is None else micro_batch_size
+        recorder = Recorder(model, size, self._parameters, lambda: True)
+        recorder.on_open = self._open
+        try:
+            with torch.enable_grad(), buffers_kept(model):
+                self.outputs = model(inputs)
+        finally:
+            recorder.remove()
+
+    @property
+    def micro_batches(self) -> MicroBatches:
+        """How the batch is cut."""
+        return self._session.micro_batches
+
+    def loss(self, loss_fn: LossFunction, targets: Tensor) -> Tensor:
+        """The mean loss of the batch.
+
+        Raises:
+            FastregError: it is not a finite scalar, or something in it has no second derivative.
+        """
+        with torch.enable_grad():
+            loss = loss_fn(self.outputs, targets)
+        check_loss(loss, self.micro_batches.samples)
+        if loss.dim():
+            raise FastregError(f"curvature: loss_fn must return a scalar mean, got shape {tuple(loss.shape)}")
+        refuse_offenders(loss, self._session, self._names)
+        return loss
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """The gradient of the loss, or what each micro-batch contributes to it: ``(b_k / B) g_k``."""
+        return self._gathered(torch.autograd.grad(loss, self._asked, retain_graph=True, allow_unused=True))
+
+    def hessian(self, loss: Tensor) -> Callable[[Vectors], list[Tensor]]:
+        """The product with the Hessian of the loss, or with those of what each micro-batch contributes to it."""
+        gradients = self._symbolic(loss, None)
+        return lambda vectors: self._gathered(_derivative(gradients, self._asked, vectors))
+
+    def hessian_gradients(self, loss: Tensor, *, mean: bool) -> list[Tensor]:
+        """``sum_k H_k g_k`` or its mean, as half the gradient of ``sum_k ||g_k||^2``; no ``g_k`` is formed."""
+        squared = squared_norms(self._session, loss, differentiable=True)
+        cut = self.micro_batches
+        factors = Reduction().factors(cut, squared) / (2 * cut.count if mean else 2)
+        found = torch.autograd.grad(squared @ factors, self._parameters, allow_unused=True)
+        return self._gathered(found)
+
+    def weighted(self, vectors: Vectors, *, mean: bool) -> list[Tensor]:
+        """Vectors such that the sum over what micro-batches contribute is ``sum_k H_k v_k``, or its mean."""
+        factors = self._inverse_shares() / (self.micro_batches.count if mean else 1)
+        if bool((factors == 1).all()):
+            return list(vectors)
+        return [_by_micro_batch(v, factors) for v in vectors]
+
+    def unweighted(self, found: Vectors) -> list[Tensor]:
+        """From what micro-batches contribute to the batch's mean, ``[m, *p.shape]``, to what is their own."""
+        return [_by_micro_batch(one, self._inverse_shares()) for one in found]
+
+    def jacobian(self) -> Callable[[Vectors], Tensor]:
+        """The product of the outputs' Jacobian with vectors: ``J v``, shaped as the outputs."""
+        logits = self.logits()
+        seed = torch.zeros_like(logits, requires_grad=True)
+        gradients = self._symbolic(logits, seed)
+        return lambda vectors: _derivative(gradients, [seed], vectors)[0]
+
+    def pull_back(self, cotangent: Tensor) -> list[Tensor]:
+        """``J^T u`` for ``u`` shaped as the outputs."""
+        found = torch.autograd.grad(self.logits(), self._asked, cotangent, retain_graph=True, allow_unused=True)
+        return self._gathered(found)
+
+    def logits(self) -> Tensor:
+        """The outputs, or what among them stands for them."""
+        logits = first_tensor(self.outputs)
+        if logits is None or not logits.is_floating_point() or not logits.requires_grad:
+            got = type(self.outputs).__name__ if logits is None else f"{tuple(logits.shape)} {logits.dtype}"
+            raise FastregError(f"curvature: the model's outputs must be a tensor that depends on parameters, got {got}")
+        return logits
+
+    def _open(self, session: Session) -> None:
+        if self._session is not None:
+            raise FastregError("curvature: the model must be run on one batch, got forwards of several batch sizes")
+        self._session = session
+        if self._spread:
+            session.leaves = Leaves(session.micro_batches.count, self._parameters, self._apart)
+
+    def _inverse_shares(self) -> Tensor:
+        """``B / b_k``, ``[m]``."""
+        return self.micro_batches.samples / self.micro_batches.sizes(torch.device("cpu"), torch.float64)
+
+    @property
+    def _leaves(self) -> list[Tensor]:
+        """What vectors are multiplied with: leaves, or the parameters themselves."""
+        return list(self._session.leaves.of.values()) if self._spread else self._parameters
+
+    @property
+    def _asked(self) -> list[Tensor]:
+        """What results are gradients of."""
+        return self._leaves if self._apart else self._parameters
+
+    def _symbolic(self, root: Tensor, seed: Tensor | None) -> list[Tensor | None]:
+        with self._session.during(Phase.SYMBOLIC), torch.autocast(root.device.type, enabled=False):
+            return torch.autograd.grad(root, self._leaves, seed, create_graph=True, allow_unused=True)
+
+    def _gathered(self, found: Sequence[Tensor | None]) -> list[Tensor]:
+        return [torch.zeros_like(to) if g is None else g for g, to in zip(found, self._asked, strict=True)]
+
+
+def _by_micro_batch(tensor: Tensor, factors: Tensor) -> Tensor:
+    """``[m, ...]`` times ``[m]``."""
+    return tensor * factors.to(tensor).view(-1, *(1,) * (tensor.dim() - 1))
+
+
+def _derivative(
+    gradients: Sequence[Tensor | None], by: Sequence[Tensor], vectors: Vectors
+) -> Sequence[Tensor | None]:
+    """The gradient of ``sum <gradients, vectors>``; what is constant drops out."""
+    pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return [None] * len(by)
+    outputs, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, by, cotangents, retain_graph=True, allow_unused=True)
