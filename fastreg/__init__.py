@@ -4,7 +4,7 @@
 """
 
 from fastreg._version import __version__
-from fastreg import optim
+from fastreg import curvature, optim
 from fastreg.check import check
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.graph_walk import trust
@@ -13,6 +13,7 @@ from fastreg.monitor import Monitor
 from fastreg.penalties import FisherTrace, GradNorm, Penalty
 from fastreg.regularizer import Regularizer
 from fastreg.stats import fisher_trace, micro_batch_grad_norms, per_sample_grad_norms
+from fastreg.tracing import compile
 
 __all__ = [
     "FastregError",
@@ -25,6 +26,8 @@ __all__ = [
     "__version__",
     "backend",
     "check",
+    "compile",
+    "curvature",
     "explain",
     "fisher_trace",
     "micro_batch_grad_norms",

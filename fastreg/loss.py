@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastreg.errors import FastregError
 from fastreg.micro_batches import MicroBatches
+from fastreg.peek import holds
 
 REDUCTIONS = ("mean", "sum")
 
@@ -82,7 +83,7 @@ def check_loss(loss: object, samples: int) -> None:
         raise FastregError(
             "reg: loss must require grad, got one that does not (was it detached, or computed under no_grad?)"
         )
-    if loss.device.type == "cpu" and bool(torch.isnan(loss).any()):
+    if loss.device.type == "cpu" and holds(torch.isnan(loss).any()):
         raise FastregError("reg: loss must be a number, got NaN (lower the learning rate or look at the inputs)")
 
 
