@@ -155,11 +155,23 @@ def test_changing_batch_sizes() -> None:
         assert len(reg.sq_norms) == math.ceil(samples / 4)
 
 
-def test_bfloat16_autocast_is_as_good_as_an_autocast_loop() -> None:
-    """Rounded to bfloat16 in the same places, the batched gradient errs no more than twice the loop does."""
-    case = BY_NAME["mlp_gelu"]
+SHARED = [(BY_NAME[name], form) for name in ("gpt_tied", "tied_padding", "raw_parameters") for form in (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("case", "by_rows"), [*((case, None) for case in CASES), *SHARED], ids=lambda v: getattr(v, "name", v)
+)
+def test_bfloat16_autocast_is_as_good_as_an_autocast_loop(
+    case: Case, by_rows: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded to bfloat16 in the same places, the batched gradient errs no more than three times as much as a loop.
+
+    Uses of a shared parameter differ in dtype there: an embedding is looked up in float32, the head is a product.
+    """
+    if by_rows is not None:
+        monkeypatch.setattr("fastreg.rules.joining.prefers_rows", lambda *_: by_rows)
+    want = oracle.penalty_gradient(case.model(), case.loss_fn, *case.batch(SAMPLES), 3, weight=WEIGHT)
     model, (inputs, targets) = case.model(torch.float32), case.batch(SAMPLES, torch.float32)
-    want = oracle.penalty_gradient(model, case.loss_fn, inputs, targets, 3, weight=WEIGHT)
     reg = fastreg.Regularizer(model, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=3)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(inputs)
@@ -170,7 +182,7 @@ def test_bfloat16_autocast_is_as_good_as_an_autocast_loop() -> None:
     reg.remove()
     with torch.autocast("cpu", torch.bfloat16):
         loop = oracle.penalty_gradient(model, case.loss_fn, inputs, targets, 3, weight=WEIGHT)
-    assert oracle.relative_error(got, want) <= 2 * oracle.relative_error(loop, want)
+    assert oracle.relative_error(got, want) <= 3 * oracle.relative_error(loop, want)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded", "offset"])

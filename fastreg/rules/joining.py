@@ -52,14 +52,18 @@ class Deposit:
 
     def pull(self, x: Tensor, d: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
         """``B(x, G_k)`` for the whole gradients ``[m, *parameter.shape]``."""
-        lifted = self.lineage.lift_each(gradients)
+        lifted = self._lifted(gradients, d)
         if self.is_bias:
             return self.use.op.bias_pull(d, self.derived, lifted, cut)
         return self.use.op.dense_pull(x, lifted, cut)
 
     def push(self, x: Tensor, d: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
         """``B^T(d, G_k)`` for the whole gradients."""
-        return self.use.op.dense_push(d, self.lineage.lift_each(gradients), x, cut)
+        return self.use.op.dense_push(d, self._lifted(gradients, d), x, cut)
+
+    def _lifted(self, gradients: Tensor, d: Tensor) -> Tensor:
+        """The gradients as this use takes the parameter; under autocast uses differ in dtype."""
+        return self.lineage.lift_each(gradients).to(d.dtype)
 
 
 class Root(Function):

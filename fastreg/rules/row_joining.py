@@ -10,6 +10,8 @@ so no ``[m, V, D]`` gradient is stored; an index stands for rows of the identity
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -53,7 +55,7 @@ class RowJoin(Function):
 
 
 def _squared_norms(views: tuple[Tensor, ...]) -> Tensor:
-    lefts, rights = views[::2], views[1::2]
+    lefts, rights = views[::2], _of_one_dtype(views[1::2])
     total = None
     for u in range(len(lefts)):
         for v in range(u + 1):
@@ -65,10 +67,10 @@ def _squared_norms(views: tuple[Tensor, ...]) -> Tensor:
 
 def _half_gradients(views: tuple[Tensor, ...]) -> list[Tensor | None]:
     """For each use ``(dL_u or None for an index, dR_u)``, in order."""
-    lefts, rights = views[::2], views[1::2]
+    lefts, rights = views[::2], _of_one_dtype(views[1::2])
     grads: list[Tensor | None] = []
     for left, right in zip(lefts, rights):
-        to_right = sum(left_gram(left, other, r.dtype) @ r for other, r in zip(lefts, rights))
+        to_right = sum(left_gram(left, other, r.dtype).to(r.dtype) @ r for other, r in zip(lefts, rights))
         to_left = None
         if left.is_floating_point():
             to_left = torch.zeros_like(left)
@@ -76,6 +78,12 @@ def _half_gradients(views: tuple[Tensor, ...]) -> list[Tensor | None]:
                 _add_product(to_left, right @ r.mT, other)
         grads += [to_left, to_right]
     return grads
+
+
+def _of_one_dtype(rights: tuple[Tensor, ...]) -> list[Tensor]:
+    """The right rows of all uses in the widest of their dtypes, which differ under autocast."""
+    widest = reduce(torch.promote_types, (right.dtype for right in rights))
+    return [right.to(widest) for right in rights]
 
 
 def left_gram(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,6 +99,7 @@ def left_gram(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_product(out: Tensor, gram: Tensor, left: Tensor) -> None:
     """``out [m, s, V] += gram [m, s, t] @ left``."""
+    gram = gram.to(out.dtype)
     if left.is_floating_point():
         out.baddbmm_(gram, left)
     else:
