@@ -68,21 +68,30 @@ class Recorder(TorchFunctionMode):
         self._owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
         self._stance: AbstractContextManager | None = None
         self._compiled = any(compiled(module) for module in model.modules())
-        # Hooks inside a compiled module are compiled with it: there they come and go with the recording.
-        first = [model] if self._compiled else self._owners
-        self._handles = [handle for module in first for handle in self._attach(module)]
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inner: list[torch.utils.hooks.RemovableHandle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Attach the hooks."""
+        # Hooks inside a compiled module are compiled with it: there they come and go with the recording.
+        first = [self.model] if self._compiled else self._owners
+        self._handles += [handle for module in first for handle in self._attach(module)]
+
+    def detach(self) -> None:
+        """Take the hooks away; what was recorded stays."""
+        for handle in (*self._handles, *self._inner):
+            handle.remove()
+        self._handles.clear()
+        self._inner.clear()
 
     def _attach(self, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
         yield module.register_forward_pre_hook(Hook(self, "enter"), with_kwargs=True)
         yield module.register_forward_hook(Hook(self, "leave"), with_kwargs=True, always_call=True)
 
     def remove(self) -> None:
-        """Detach every hook."""
-        for handle in (*self._handles, *self._inner):
-            handle.remove()
-        self._handles.clear()
-        self._inner.clear()
+        """Detach every hook, and drop what was recorded."""
+        self.detach()
         self.session = self._tape = self.outputs = None
 
     def tracked_names(self) -> dict[int, str]:

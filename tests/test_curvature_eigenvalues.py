@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreg.curvature.eigenvalues import ROUNDINGS, top_eigenvalues
-from fastreg.curvature.lanczos import Recurrence, lanczos
+from fastreg.curvature.recurrence import Recurrence, lanczos
 from fastreg.curvature.operator import CurvatureOperator
 from fastreg.errors import FastregError
 

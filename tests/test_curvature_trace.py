@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fastreg.curvature import density as density_module
-from fastreg.curvature import trace as trace_module
+from fastreg.curvature import traces as trace_module
 from fastreg.curvature.density import Density, spectral_density
 from fastreg.curvature.operator import CurvatureOperator
 from fastreg.curvature.summaries import participation_ratio, stable_rank
-from fastreg.curvature.trace import trace
+from fastreg.curvature.traces import trace
 from fastreg.errors import FastregError
 
 EXACT = 1e-10

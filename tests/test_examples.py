@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import choose_batch_size, find_wrong_labels
+from examples import choose_batch_size, edge_of_stability, find_wrong_labels
 from fastreg.cli import main as fastreg_command
 from fastreg.errors import FastregError
 from fastreg.recipes.data import Split, digits
@@ -71,6 +71,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         choose_batch_size.main(steps=2, target=0.001)
     with pytest.raises(FastregError, match="got 5 with 5 epochs"):
         find_wrong_labels.main(epochs=5, warm_up=5)
+    with pytest.raises(FastregError, match=r"points must be in \[1, steps\] .*, got 3, 2 and None"):
+        edge_of_stability.main(gd_steps=2, points=3)
 
 
 def test_the_sweep_ends_in_a_file_that_the_monitor_command_draws(
@@ -83,3 +85,45 @@ def test_the_sweep_ends_in_a_file_that_the_monitor_command_draws(
     assert fastreg_command(["monitor", str(path), "--plot", str(tmp_path / "noise.png")]) == 0
     assert "fastreg/grad_noise_scale" in capsys.readouterr().out
     assert (tmp_path / "noise.png").stat().st_size > 0
+
+
+def dense_hessian(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """``[D, D]`` of 1/2 ||f(x) - y||^2, a mean over samples, by plain double backward."""
+    parameters = list(model.parameters())
+    loss = 0.5 * (model(inputs) - targets).pow(2).sum() / len(inputs)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(entry, parameters, retain_graph=True) for entry in gradient]
+    return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+
+
+def test_sharpness_at_the_start_is_that_of_the_dense_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge_of_stability, "WIDTH", 5)
+    data = torch.randn(20, 4), torch.nn.functional.one_hot(torch.arange(20) % 3).float()
+    found = edge_of_stability.train(data, None, rate=0.1, steps=1, points=1, seed=4)
+    torch.manual_seed(4)
+    exact = torch.linalg.eigvalsh(dense_hessian(edge_of_stability.mlp((4, 5, 5, 3), "tanh"), *data))[-1]
+    assert found[0].sharpness == pytest.approx(exact.item(), rel=edge_of_stability.TOLERANCE)
+
+
+def test_gradient_descent_sharpens_up_to_the_edge() -> None:
+    data = edge_of_stability.prepare(digits().train)
+    start, edge = edge_of_stability.train(data, None, rate=0.5, steps=240, points=1, seed=0)
+    assert start.sharpness < 0.6 * 4 and edge.sharpness == pytest.approx(4, rel=0.25)
+    # The gradient points along the sharpest direction once it is unstable, and not before.
+    assert start.batch_sharpness < 0.6 * start.sharpness and edge.batch_sharpness == pytest.approx(4, rel=0.25)
+
+
+def test_measuring_does_not_disturb_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "edge.png"
+    descent, noisy = edge_of_stability.main(gd_steps=4, sgd_steps=4, points=4, out=path).values()
+    data = edge_of_stability.prepare(digits().train)
+    for batch, found in ((None, descent), (4, noisy)):
+        rare = edge_of_stability.train(data, batch, rate=0.4, steps=4, points=1, seed=0)
+        assert [point.loss for point in rare] == [found[0].loss, found[-1].loss]
+    assert "2 / lr = 5.00" in capsys.readouterr().out
+    assert 0 < path.stat().st_size < 150_000
+
+
+def test_where_a_run_settles_is_a_share_of_the_threshold() -> None:
+    found = [edge_of_stability.Point(step, 1.0, 8.0 + step, 4.0 * step) for step in range(4)]
+    assert edge_of_stability.settled(found, 0.5) == (10.5 / 4, 10.0 / 4)

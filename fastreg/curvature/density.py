@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastreg.curvature.lanczos import lanczos
+from fastreg.curvature.recurrence import lanczos
 from fastreg.curvature.operator import CurvatureOperator
-from fastreg.curvature.trace import check_count, signs
+from fastreg.curvature.traces import check_count, signs
 from fastreg.errors import FastregError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastreg.curvature.lanczos import Recurrence, random_rows
+from fastreg.curvature.recurrence import Recurrence, random_rows
 from fastreg.curvature.operator import CurvatureOperator
 from fastreg.errors import FastregError
 

@@ -91,7 +91,8 @@ def ggn_vp(
     r"""Products with the generalised Gauss-Newton matrix, ``J^T H_out J``; arguments as for :func:`batched_hvp`.
 
     J is the Jacobian of the outputs by the parameters, ``H_out`` the Hessian of the mean loss by the outputs. Positive
-    semidefinite for a loss convex in the outputs. 2 layer products for all vectors and 4 for each.
+    semidefinite for a loss convex in the outputs. ``loss_fn`` is given the logits where outputs are an object that has
+    them. 2 layer products for all vectors and 4 for each.
 
     Source: Schraudolph 2002, doi:10.1162/08997660260028683; Martens 2020, arXiv:1412.1193, section 8.
 
@@ -162,14 +163,22 @@ def _products(
     linear = Linearization(model, chosen, inputs, size, spread=spread, apart=spread and reduce is None)
     product = make(linear)
     if not spread:
-        columns = [product(list(one)) for one in zip(*(part.unbind() for part in forms.parts), strict=True)]
-        return forms.restore([torch.stack(parts) for parts in zip(*columns, strict=True)])
+        return forms.restore(_one_by_one(product, forms.parts))
     count = linear.micro_batches.count
     if forms.count != count:
         raise FastregError(f"curvature: vectors must be one per micro-batch, {count}, got {forms.count}")
     if reduce is None:
         return forms.restore(linear.unweighted(product(forms.parts)))
     return forms.restore_one(product(linear.weighted(forms.parts, mean=reduce == "mean")))
+
+
+def _one_by_one(product: Product, parts: list[Tensor]) -> list[Tensor]:
+    """Products with n vectors. Two passes of full size each; batched by torch's vmap they took longer on a CPU."""
+    found = [torch.empty_like(part) for part in parts]
+    for j in range(len(parts[0])):
+        for onto, one in zip(found, product([part[j] for part in parts]), strict=True):
+            onto[j] = one
+    return found
 
 
 def _along_kept_gradients(

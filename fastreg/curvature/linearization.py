@@ -15,7 +15,8 @@ Pearlmutter 1994 (doi:10.1162/neco.1994.6.1.147); J v by two backward passes: Sc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -65,55 +66,64 @@ class Linearization:
         self._session: Session | None = None
         self._spread, self._apart = spread, apart
         size = sys.maxsize if micro_batch_size is None else micro_batch_size
-        recorder = Recorder(model, size, self._parameters, lambda: True)
+        self._model = model
+        self._recorder = recorder = Recorder(model, size, self._parameters, lambda: True)
         recorder.on_open = self._open
         try:
             with torch.enable_grad(), buffers_kept(model):
                 self.outputs = model(inputs)
         finally:
-            recorder.remove()
+            # What is left of it records what is run again; it must not lead back here, or both would outlive their use.
+            recorder.on_open = None
+            recorder.detach()
 
     @property
     def micro_batches(self) -> MicroBatches:
         """How the batch is cut."""
         return self._session.micro_batches
 
-    def loss(self, loss_fn: LossFunction, targets: Tensor) -> Tensor:
-        """The mean loss of the batch.
+    def loss(self, loss_fn: LossFunction, targets: Tensor, outputs: object = None) -> Tensor:
+        """The mean loss of the batch: of the model's outputs, or of these.
 
         Raises:
-            FastregError: it is not a finite scalar, or something in it has no second derivative.
+            FastregError: it is not a scalar, is NaN, or something in it has no second derivative.
         """
+        loss = self.loss_once(loss_fn, targets, self.outputs if outputs is None else outputs)
+        refuse_offenders(loss, self._session, self._names)
+        return loss
+
+    def loss_once(self, loss_fn: LossFunction, targets: Tensor, outputs: object) -> Tensor:
+        """The mean loss of these outputs, to be differentiated once."""
         with torch.enable_grad():
-            loss = loss_fn(self.outputs, targets)
+            loss = loss_fn(outputs, targets)
         check_loss(loss, self.micro_batches.samples)
         if loss.dim():
             raise FastregError(f"curvature: loss_fn must return a scalar mean, got shape {tuple(loss.shape)}")
-        refuse_offenders(loss, self._session, self._names)
         return loss
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """The gradient of the loss, or what each micro-batch contributes to it: ``(b_k / B) g_k``."""
-        return self._gathered(torch.autograd.grad(loss, self._asked, retain_graph=True, allow_unused=True))
+        return self._gathered(self._grad([loss], self._asked))
 
     def hessian(self, loss: Tensor) -> Callable[[Vectors], list[Tensor]]:
         """The product with the Hessian of the loss, or with those of what each micro-batch contributes to it."""
         gradients = self._symbolic(loss, None)
-        return lambda vectors: self._gathered(_derivative(gradients, self._asked, vectors))
+        return lambda vectors: self._gathered(self._derivative(gradients, self._asked, vectors))
 
     def hessian_gradients(self, loss: Tensor, *, mean: bool) -> list[Tensor]:
         """``sum_k H_k g_k`` or its mean, as half the gradient of ``sum_k ||g_k||^2``; no ``g_k`` is formed."""
-        squared = squared_norms(self._session, loss, differentiable=True)
         cut = self.micro_batches
-        factors = Reduction().factors(cut, squared) / (2 * cut.count if mean else 2)
-        found = torch.autograd.grad(squared @ factors, self._parameters, allow_unused=True)
-        return self._gathered(found)
+        with torch.enable_grad(), self._rerunning():
+            squared = squared_norms(self._session, loss, differentiable=True)
+            half = squared @ Reduction().factors(cut, squared) / (2 * cut.count if mean else 2)
+        return self._gathered(self._grad([half], self._parameters))
 
     def weighted(self, vectors: Vectors, *, mean: bool) -> list[Tensor]:
         """Vectors such that the sum over what micro-batches contribute is ``sum_k H_k v_k``, or its mean."""
-        factors = self._inverse_shares() / (self.micro_batches.count if mean else 1)
-        if bool((factors == 1).all()):
+        cut = self.micro_batches
+        if mean and not cut.tail:
             return list(vectors)
+        factors = self._inverse_shares() / (cut.count if mean else 1)
         return [_by_micro_batch(v, factors) for v in vectors]
 
     def unweighted(self, found: Vectors) -> list[Tensor]:
@@ -123,14 +133,15 @@ class Linearization:
     def jacobian(self) -> Callable[[Vectors], Tensor]:
         """The product of the outputs' Jacobian with vectors: ``J v``, shaped as the outputs."""
         logits = self.logits()
+        # J v is a second derivative of the model, whatever becomes of it.
+        refuse_offenders(logits, self._session, self._names)
         seed = torch.zeros_like(logits, requires_grad=True)
         gradients = self._symbolic(logits, seed)
-        return lambda vectors: _derivative(gradients, [seed], vectors)[0]
+        return lambda vectors: self._derivative(gradients, [seed], vectors)[0]
 
     def pull_back(self, cotangent: Tensor) -> list[Tensor]:
         """``J^T u`` for ``u`` shaped as the outputs."""
-        found = torch.autograd.grad(self.logits(), self._asked, cotangent, retain_graph=True, allow_unused=True)
-        return self._gathered(found)
+        return self._gathered(self._grad([self.logits()], self._asked, [cotangent]))
 
     def logits(self) -> Tensor:
         """The outputs, or what among them stands for them."""
@@ -163,7 +174,39 @@ class Linearization:
 
     def _symbolic(self, root: Tensor, seed: Tensor | None) -> list[Tensor | None]:
         with self._session.during(Phase.SYMBOLIC), torch.autocast(root.device.type, enabled=False):
-            return torch.autograd.grad(root, self._leaves, seed, create_graph=True, allow_unused=True)
+            return self._grad([root], self._leaves, [seed], create_graph=True)
+
+    def _derivative(
+        self, gradients: Sequence[Tensor | None], by: Sequence[Tensor], vectors: Vectors
+    ) -> Sequence[Tensor | None]:
+        """The gradient of ``sum <gradients, vectors>``; what is constant drops out."""
+        pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return [None] * len(by)
+        outputs, cotangents = zip(*pairs, strict=True)
+        return self._grad(outputs, by, cotangents)
+
+    def _grad(
+        self,
+        outputs: Sequence[Tensor],
+        by: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None] = (None,),
+        create_graph: bool = False,
+    ) -> Sequence[Tensor | None]:
+        with self._rerunning():
+            return torch.autograd.grad(
+                outputs, by, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+
+    @contextmanager
+    def _rerunning(self) -> Iterator[None]:
+        """Around every backward: it runs again what is checkpointed, which must be recorded as it was."""
+        self._recorder.attach()
+        try:
+            with buffers_kept(self._model):
+                yield
+        finally:
+            self._recorder.detach()
 
     def _gathered(self, found: Sequence[Tensor | None]) -> list[Tensor]:
         return [torch.zeros_like(to) if g is None else g for g, to in zip(found, self._asked, strict=True)]
@@ -172,14 +215,3 @@ class Linearization:
 def _by_micro_batch(tensor: Tensor, factors: Tensor) -> Tensor:
     """``[m, ...]`` times ``[m]``."""
     return tensor * factors.to(tensor).view(-1, *(1,) * (tensor.dim() - 1))
-
-
-def _derivative(
-    gradients: Sequence[Tensor | None], by: Sequence[Tensor], vectors: Vectors
-) -> Sequence[Tensor | None]:
-    """The gradient of ``sum <gradients, vectors>``; what is constant drops out."""
-    pairs = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
-    if not pairs:
-        return [None] * len(by)
-    outputs, cotangents = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, by, cotangents, retain_graph=True, allow_unused=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class ModelOperator(CurvatureOperator):
     """A mean over the samples of some data of one matrix per batch.
 
     For a single batch the recorded forward and first backward are kept, with their memory, from one product to the
-    next, as long as no parameter changes: a product then takes 2.0 times a gradient's layer products, instead of 2.67.
+    next, as long as no parameter, buffer or mode changes: a product then takes 2.0 times a gradient's layer products,
+    instead of 2.67. What ``p.data`` is changed by in place is not seen.
     Over several batches each is recorded again for every :meth:`apply`, once for all its rows.
 
     The model is run in its current mode; buffers and torch's random numbers stay as they are, and dropout draws the
@@ -31,10 +33,10 @@ class ModelOperator(CurvatureOperator):
     Args:
         model: run on every batch.
         loss_fn: ``loss_fn(outputs, targets)``, the mean loss over samples, scalar.
-        data: one batch ``(inputs, targets)``, or an iterable of batches that can be iterated again (a list, a
+        data: one batch ``(inputs, targets)``, tuple or list, or an iterable of batches that can be iterated again (a list, a
             ``DataLoader``), in which samples count alike.
         parameters: those that the matrix is about (one layer's, say); all that require grad by default.
-        seed: of dropout.
+        seed: of dropout, and of the order of a loader that shuffles without a generator of its own.
         progress: show a bar over batches (needs tqdm).
 
     Raises:
@@ -56,10 +58,11 @@ class ModelOperator(CurvatureOperator):
             raise FastregError(
                 f"curvature: data must be iterable more than once, got {type(data).__name__} (pass a list or a loader)"
             )
-        single = isinstance(data, tuple) and len(data) == 2
+        # The second entry of a batch is its targets; the second of a list of batches is a batch.
+        single = isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list))
         self.model, self.loss_fn, self.seed, self.progress = model, loss_fn, seed, progress
         self._batches = (data,) if single else data
-        self._kept: tuple[list[int], Linearization, Product] | None = None
+        self._kept: tuple[list[object], Linearization, Product] | None = None
         self._keeps = single
 
     @abstractmethod
@@ -68,26 +71,35 @@ class ModelOperator(CurvatureOperator):
 
     def apply(self, rows: Tensor) -> Tensor:
         total, samples = torch.zeros_like(rows), 0
-        for number, (inputs, targets) in enumerate(self._shown()):
-            linear, product = self._recorded(number, inputs, targets)
-            count = linear.micro_batches.samples
-            for row, onto in zip(rows, total, strict=True):
-                onto.add_(self._flat(product(self._parts(row))), alpha=count)
-            samples += count
+        # A loader that shuffles must draw the same order every time: dropout and sampled labels go by place in it.
+        with _seeded(self.seed, self.device):
+            for number, (inputs, targets) in enumerate(self._shown()):
+                linear, product = self._recorded(number, inputs, targets)
+                count = linear.micro_batches.samples
+                for row, onto in zip(rows, total, strict=True):
+                    onto.add_(self._flat(product(self._parts(row))), alpha=count)
+                samples += count
         if not samples:
             raise FastregError("curvature: data must hold at least one batch, got none")
         return total / samples
 
     def _recorded(self, number: int, inputs: object, targets: Tensor) -> tuple[Linearization, Product]:
-        versions = [p._version for p in self.model.parameters()]
-        if self._kept is not None and self._kept[0] == versions:
+        if self._kept is not None and self._kept[0] == self._state():
             return self._kept[1:]
+        # A model may have been given others since, which these vectors are not about.
+        named_parameters(self.model, self.parameters.values())
         with _seeded(self.seed + number, self.device):
             linear = Linearization(self.model, self.parameters, inputs)
         product = self.product(linear, targets, number)
         if self._keeps:
-            self._kept = versions, linear, product
+            self._kept = self._state(), linear, product
         return linear, product
+
+    def _state(self) -> list[object]:
+        """What a recorded forward depends on. Recording itself moves versions of buffers, though not the buffers."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        modes = (module.training for module in self.model.modules())
+        return [*((id(t), t.data_ptr(), t._version) for t in tensors), *modes]
 
     def _shown(self) -> Iterable[Batch]:
         if not self.progress:
@@ -165,6 +177,10 @@ class Fisher(ModelOperator):
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers of their own inside the block."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed, which seeds devices that are not set back.
+        torch.default_generator.manual_seed(seed)
+        for one in devices:
+            torch.cuda.default_generators[torch.device(one).index or 0].manual_seed(seed)
         yield

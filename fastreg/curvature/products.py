@@ -25,8 +25,7 @@ def hessian_product(linear: Linearization, loss_fn: LossFunction, targets: Tenso
 def ggn_product(linear: Linearization, loss_fn: LossFunction, targets: Tensor) -> Product:
     """``v -> J^T (H_out (J v))`` with the Jacobian of the outputs and the loss's Hessian by the outputs."""
     logits = linear.logits().detach().requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(loss_fn(logits, targets), logits, create_graph=True)
+    (slope,) = torch.autograd.grad(linear.loss(loss_fn, targets, logits), logits, create_graph=True)
     jacobian = linear.jacobian()
 
     def product(vectors: list[Tensor]) -> list[Tensor]:
@@ -89,9 +88,10 @@ def _sampled(linear: Linearization, seed: int, draw: int) -> Product:
 
 
 def _empirical(linear: Linearization, loss_fn: LossFunction, targets: Tensor) -> Product:
+    if loss_fn is None:
+        raise FastregError("fisher_vp: loss_fn must be given for kind='empirical', got None")
     logits = linear.logits().detach().requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(loss_fn(logits, targets), logits)
+    (slope,) = torch.autograd.grad(linear.loss_once(loss_fn, targets, logits), logits)
     samples = linear.micro_batches.samples
     rows = slope.unflatten(0, (samples, -1))
     # The loss is a mean over samples: rows are those of each sample's own loss over B.

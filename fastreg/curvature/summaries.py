@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastreg.curvature.density import spectral_density
 from fastreg.curvature.operator import CurvatureOperator
-from fastreg.curvature.trace import check_count, sign_blocks
+from fastreg.curvature.traces import check_count, sign_blocks
 
 
 def stable_rank(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastreg.curvature.lanczos import random_rows
+from fastreg.curvature.recurrence import random_rows
 from fastreg.curvature.operator import CurvatureOperator
 from fastreg.errors import FastregError
 
@@ -75,7 +75,7 @@ def trace(
     Example:
         >>> import torch
         >>> from fastreg.curvature.operator import CurvatureOperator
-        >>> from fastreg.curvature.trace import trace
+        >>> from fastreg.curvature.traces import trace
         >>> class Diagonal(CurvatureOperator):
         ...     def apply(self, rows):
         ...         return rows * torch.arange(1.0, 5.0)
