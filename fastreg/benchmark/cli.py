@@ -21,14 +21,15 @@ AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 EPILOG = "\n".join(
     [
         "methods:",
-        *(f"  {m.name:<20}{m.about}{'' if m.by_default else ' (only if named)'}"
+        *(f"  {m.name:<22}{m.about}{'' if m.by_default else ' (only if named)'}"
           for m in METHODS.values()),
         "models:",
-        *(f"  {p.name:<20}{p.about}{'' if p.by_default else ' (only if named)'}"
+        *(f"  {p.name:<22}{p.about}{'' if p.by_default else ' (only if named)'}"
           for p in PRESETS.values()),
         "example:",
         "  fastreg bench --model gpt --m 8 --methods exact sequential --json gpt.json",
         "  fastreg bench --model mlp2048 --m 16 --suite sam",
+        "  fastreg bench --model gpt --m 8 --suite curvature",
     ]
 )
 
@@ -43,7 +44,8 @@ def _positive(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastreg bench``."""
     parser.description = (
-        "Time whole training steps. Every method first shows its float64 gradient to be right; "
+        "Time whole training steps, or products with curvature matrices. Every method first shows its float64 "
+        "result to be right; "
         "then rounds interleave all methods. ratio: to the plain step of the same round; flops: those "
         "of products and convolutions, to the plain step's."
     )
@@ -53,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--m", type=_positive, nargs="+", default=[8, 32], metavar="M",
         help="micro-batches of a batch, at most one per sample (default: 8 32)")
     add("--suite", choices=get_args(Suite), default="penalty",
-        help="what to compare: penalties on gradients, or sharpness-aware minimisation (default: penalty)")
+        help="what to compare: penalties on gradients, sharpness-aware minimisation, or products with curvature "
+        "matrices (default: penalty)")
     add("--methods", nargs="+", choices=[*METHODS], metavar="METHOD", help="default: those of the suite")
     add("--rounds", type=_positive, default=11, metavar="N", help="timed rounds (default: 11)")
     add("--threads", type=_positive, default=os.cpu_count(), metavar="N",

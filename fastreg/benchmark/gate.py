@@ -1,19 +1,22 @@
-"""Correctness before speed: a method is timed only if its float64 gradient is right."""
+"""Correctness before speed: a method is timed only if its float64 gradient or product is right."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastreg.benchmark.methods import Method
+from fastreg.benchmark import curvature
+from fastreg.benchmark.methods import Method, Product
 from fastreg.benchmark.peers import Step, double_backward, plain
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
 from fastreg.benchmark.sam import RHO
 
-# Relative error in float64 of what a method adds to the gradient of the loss. Exact methods differ
-# from the reference by rounding only, about 1e-13 here after a second derivative; a method that
-# drops a term, or that replaces one by a difference quotient, is off by 1e-6 or more.
+# Relative error in float64 of a product, or of what a method adds to the gradient of the loss. Exact
+# methods differ from the reference by rounding only, about 1e-13 here after a second derivative; a
+# method that drops a term, or that replaces one by a difference quotient, is off by 1e-6 or more.
 TOLERANCE = 1e-9
 
 
@@ -37,6 +40,7 @@ class Reference:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = dataclasses.replace(problem, weight=1.0)
+        self._products: dict[Product, torch.Tensor] = {}
 
     @functools.cached_property
     def loss_gradient(self) -> torch.Tensor:
@@ -87,6 +91,39 @@ class Reference:
         grads = torch.autograd.grad(mean_cross_entropy(outputs, y), list(weights.values()))
         return dict(zip(weights, grads, strict=True))
 
+    def product(self, kind: Product) -> torch.Tensor:
+        """What methods that compute this product form, flat, one parameter after another."""
+        if kind not in self._products:
+            self._products[kind] = torch.cat([part.flatten() for part in self._product(kind)])
+        return self._products[kind]
+
+    def _product(self, kind: Product) -> Sequence[torch.Tensor]:
+        problem, batch = self.problem, (self.problem.inputs, self.problem.targets)
+        if kind == "hvp_micro":
+            many = curvature.vectors(problem, problem.micro_batches)
+            return curvature.micro_batch_products(problem, list(many.values()))
+        if kind == "hvp_micro_grad":
+            # The gradient of mean_k ||g_k||^2 is 2 mean_k H_k g_k.
+            return [self.grad_norm_gradient / 2]
+        if kind == "hvp_several":
+            several = zip(*curvature.vectors(problem, curvature.SEVERAL).values(), strict=True)
+            found = [curvature.hessian_product(problem, batch, v) for v in several]
+            return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        v = list(curvature.vector(problem).values())
+        return self._gauss_newton(v) if kind == "ggn" else curvature.hessian_product(problem, batch, v)
+
+    def _gauss_newton(self, vector: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """``J^T (diag p - p p^T) J v``, averaged over predictions; J v as the derivative of ``<J^T u, v>`` by u."""
+        parameters = list(self.problem.model.parameters())
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = self.problem.model(self.problem.inputs).flatten(0, -2)
+            u = torch.zeros_like(logits, requires_grad=True)
+            pulled = torch.autograd.grad(logits, parameters, u, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, u, vector, retain_graph=True)
+        p = logits.detach().softmax(-1)
+        curved = p * (pushed - (p * pushed).sum(-1, keepdim=True)) / len(logits)
+        return torch.autograd.grad(logits, parameters, curved)
+
     @functools.cached_property
     def sample_norms(self) -> torch.Tensor:
         """Squared norms ``[B]`` of the gradients of the samples' own losses."""
@@ -109,6 +146,8 @@ class Reference:
 
         The gradient of the loss is subtracted first, so the error is that of what the method adds.
         """
+        if method.computes in get_args(Product):
+            return relative_error(step.product().double(), self.product(method.computes))
         found = gradient(problem)
         if method.computes in ("loss", "sample_norms"):
             error = relative_error(found, self.loss_gradient)

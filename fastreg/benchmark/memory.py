@@ -32,7 +32,7 @@ def measurable(device: str) -> bool:
 
 def on_gpu(step: Step, device: str) -> int:
     """Bytes that ``step`` allocates at its peak, its gradients included, beyond what is held before."""
-    step.model.zero_grad(set_to_none=True)
+    step.clear()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -68,7 +68,7 @@ def _measure(preset: str, micro_batches: int, method: str) -> int:
     step = METHODS[method].prepare(PRESETS[preset].problem(micro_batches))
     # The first call also loads code and fills caches that stay.
     step.run()
-    step.model.zero_grad(set_to_none=True)
+    step.clear()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR_PEAK.write_text("5")
     before = _resident("VmRSS")

@@ -2,19 +2,21 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
 
 import fastreg
-from fastreg.benchmark import peers, sam
+from fastreg.benchmark import curvature, peers, sam
 from fastreg.benchmark.peers import Step, plain
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
 from fastreg.stats import RidingNorms
 
-Quantity = Literal["loss", "grad_norm", "fisher", "sample_norms", "sam", "m_sam"]
-Suite = Literal["penalty", "sam"]
+Product = Literal["hvp", "hvp_several", "hvp_micro", "hvp_micro_grad", "ggn"]
+Quantity = Literal["loss", "grad_norm", "fisher", "sample_norms", "sam", "m_sam", Product]
+Suite = Literal["penalty", "sam", "curvature"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +29,16 @@ class Method:
             with R the squared gradient norm or the Fisher trace; ``"sample_norms"`` is the
             gradient of the loss and every sample's squared gradient norm; ``"sam"`` and ``"m_sam"``
             are the gradient at weights perturbed along that of the batch, or of each micro-batch.
+            A :data:`Product` is formed instead of a gradient: with the Hessian, one vector or several;
+            the mean over micro-batches of those of their Hessians with a vector each, or with their
+            gradients; with the Gauss-Newton matrix, which is the exact Fisher matrix here.
         about: one line for ``--help`` and the report.
         prepare: makes the step of a problem; the problem's model is the step's own.
         by_default: measured when ``--methods`` is not given.
         suite: the ``--suite`` that this is one of.
         compiled: whether it runs under ``torch.compile``, below what counts its operations.
         package: what must be installed for it, beyond what fastreg needs.
+        products: how many a run gives, to which its time is also referred.
         rounding: relative error that it is allowed beyond the gate's tolerance, because it computes
             in float32 whatever the dtype is.
     """
@@ -45,6 +51,7 @@ class Method:
     suite: Suite = "penalty"
     compiled: bool = False
     package: str | None = None
+    products: int = 1
     rounding: float = 0.0
 
     @property
@@ -92,6 +99,27 @@ def _regularized(problem: Problem, penalty: fastreg.Penalty) -> Callable[[], Non
         reg(loss, outputs).backward()
 
     return run
+
+
+def _curvature() -> Iterator[Method]:
+    """The methods of the suite ``"curvature"``."""
+    one = partial(Method, suite="curvature")
+    several = partial(one, computes="hvp_several", products=curvature.SEVERAL)
+    yield one("hvp", "hvp", "batched_hvp, one vector", curvature.hvp)
+    yield one("hvp_kept", "hvp", "Hessian operator, a later product", curvature.hvp_kept)
+    yield several("hvp8", about="batched_hvp, 8 vectors", prepare=curvature.hvp_several)
+    yield one("hvp_micro", "hvp_micro", "batched_hvp, a vector per micro-batch", curvature.hvp_micro)
+    yield one("hvp_micro_grad", "hvp_micro_grad", "the same with their gradients", curvature.hvp_micro_grad)
+    yield one("ggn", "ggn", "ggn_vp, one vector", curvature.ggn)
+    yield one("fisher_exact", "ggn", "fisher_vp, kind exact, one vector", curvature.fisher_exact)
+    yield one("double_backward", "hvp", "torch.autograd, one vector", curvature.double_backward)
+    yield one("double_backward_kept", "hvp", "the same, a later product", curvature.double_backward_kept)
+    yield one("sequential_micro", "hvp_micro", "one double backward per micro-batch", curvature.sequential_micro)
+    yield one("func_hvp", "hvp", "torch.func, jvp of grad", curvature.func_hvp)
+    yield several("func_hvp8", about="the same vmapped over 8 vectors", prepare=curvature.func_hvp_several)
+    yield one("func_micro", "hvp_micro", "the same vmapped over micro-batches", curvature.func_micro)
+    about = "curvlinops.HessianLinearOperator"
+    yield one("curvlinops", "hvp", about, curvature.curvlinops, package="curvlinops")
 
 
 METHODS: dict[str, Method] = {
@@ -160,6 +188,7 @@ METHODS: dict[str, Method] = {
             # It takes the norm of the gradient in float32.
             rounding=1e-6,
         ),
+        *_curvature(),
     )
 }
 

@@ -17,15 +17,25 @@ class Step:
 
     Attributes:
         model: where the gradient is left.
-        run: clears the gradients, then forward, loss and backward.
+        run: clears the gradients, then forward, loss and backward; or what gives the product.
         sq_norms: squared norms ``[B]`` of the per-sample gradients of the last run.
         labels: the labels that the last run drew for its Fisher penalty.
+        product: the product of a matrix with vectors that the last run formed, flat, one parameter after another.
+        forget: drops what runs leave for the next one beside the gradients.
     """
 
     model: nn.Module
     run: Callable[[], None]
     sq_norms: Callable[[], torch.Tensor] | None = None
     labels: Callable[[], torch.Tensor] | None = None
+    product: Callable[[], torch.Tensor] | None = None
+    forget: Callable[[], None] | None = None
+
+    def clear(self) -> None:
+        """Free everything that runs have left."""
+        self.model.zero_grad(set_to_none=True)
+        if self.forget is not None:
+            self.forget()
 
 
 def plain(problem: Problem) -> Step:
@@ -93,9 +103,10 @@ def double_backward(
 class SplitLayerNorm(nn.Module):
     """A layer norm over the last dimension whose scale and shift are operations of their own.
 
-    torch 2.13 takes the second derivative of a vmapped ``layer_norm`` without an error and wrongly:
-    under vmap the gradient of the scale is composed from a saved mean and deviation that no longer
-    depend on the input (related: pytorch/functorch#534). Split like this, it is right.
+    torch 2.13 takes the second derivative of a vmapped ``layer_norm`` without an error and wrongly,
+    in ``grad`` of ``vmap(grad)`` and in ``jvp`` of ``jacrev``, which vmaps too: the gradient of the
+    scale is then composed from a saved mean and deviation that no longer depend on the input
+    (related: pytorch/functorch#534). Split like this, it is right.
 
     Args:
         norm: the layer norm to stand in for; its parameters are taken over.
@@ -110,7 +121,8 @@ class SplitLayerNorm(nn.Module):
         return F.layer_norm(x, self.shape, eps=self.eps) * self.weight + self.bias
 
 
-def _split_layer_norms(model: nn.Module) -> None:
+def split_layer_norms(model: nn.Module) -> None:
+    """Put a :class:`SplitLayerNorm` in the place of every layer norm."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.LayerNorm):
@@ -128,8 +140,8 @@ def functorch_compiled(problem: Problem) -> Step:
     return _functorch_step(problem, gradient)
 
 
-def _penalised_loss(problem: Problem) -> Callable[..., torch.Tensor]:
-    """loss + weight * R as a function of (parameters, inputs [m, b, ...], targets [m, b, ...])."""
+def functional_loss(problem: Problem) -> Callable[..., torch.Tensor]:
+    """The mean loss as a function of (parameters, inputs, targets)."""
 
     def loss(
         parameters: Mapping[str, torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor
@@ -138,7 +150,13 @@ def _penalised_loss(problem: Problem) -> Callable[..., torch.Tensor]:
             outputs = torch.func.functional_call(problem.model, parameters, (inputs,))
             return mean_cross_entropy(outputs, targets)
 
-    per_micro_batch = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0, 0))
+    return loss
+
+
+def _penalised_loss(problem: Problem) -> Callable[..., torch.Tensor]:
+    """loss + weight * R as a function of (parameters, inputs [m, b, ...], targets [m, b, ...])."""
+    value_and_grad = torch.func.grad_and_value(functional_loss(problem))
+    per_micro_batch = torch.func.vmap(value_and_grad, in_dims=(None, 0, 0))
 
     def penalised(
         parameters: Mapping[str, torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor
@@ -154,7 +172,7 @@ def _functorch_step(
     problem: Problem, gradient: Callable[..., Mapping[str, torch.Tensor]]
 ) -> Step:
     model = problem.model
-    _split_layer_norms(model)
+    split_layer_norms(model)
     inputs = problem.inputs.unflatten(0, (problem.micro_batches, -1))
     targets = problem.targets.unflatten(0, (problem.micro_batches, -1))
 

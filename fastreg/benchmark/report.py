@@ -25,7 +25,7 @@ class Row:
             step raised, ``"not installed"`` if its package is missing. Only rows that are ok are
             timed.
         error_float64: relative error in float64 of what the method adds to the gradient of the
-            loss, which the gate judges.
+            loss, or of its product, which the gate judges.
         error: the same in the dtype that is timed.
         message: what a failed step raised.
         seconds: time of a step.
@@ -33,6 +33,7 @@ class Row:
         flops: floating point operations of a step, None for a compiled one.
         flops_ratio: those over the plain step's.
         peak_bytes: memory that the step needs beyond what is held before it.
+        products: how many products a step gives.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Row:
     flops: int | None = None
     flops_ratio: float | None = None
     peak_bytes: int | None = None
+    products: int = 1
 
 
 HEADER = (
@@ -70,8 +72,12 @@ def line(row: Row) -> str:
         f"{start}{_number(row.error, '.0e'):>9}"
         f"{1e3 * row.seconds.p20:>9.1f}{1e3 * row.seconds.p50:>9.1f}{1e3 * row.seconds.p80:>9.1f}"
         f"{row.ratio.p50:>8.2f}{f'{row.ratio.p20:.2f}-{row.ratio.p80:.2f}':>13}"
-        f"{_number(row.flops_ratio, '.2f'):>8}{_number(memory, '.1f'):>9}"
+        f"{_number(row.flops_ratio, '.2f'):>8}{_number(memory, '.1f'):>9}{_per_product(row)}"
     )
+
+
+def _per_product(row: Row) -> str:
+    return "" if row.products == 1 else f"  {row.ratio.p50 / row.products:.2f} per product"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -55,7 +55,7 @@ def measure_cell(
     rows, steps = [], {}
     for name in dict.fromkeys(("plain", *methods)):
         settings.note(f"{preset.name}, m = {micro_batches}: is {name} right?")
-        row = Row(preset.name, micro_batches, name)
+        row = Row(preset.name, micro_batches, name, products=METHODS[name].products)
         rows.append(row)
         if not METHODS[name].installed:
             row.status = "not installed"
