@@ -57,7 +57,8 @@ class Session:
     squared norm of their micro-batch gradients as *the gradient of the probe*, so autograd itself sums over layers.
 
     Attributes:
-        probe: leaf ``[m]``, float32 (float64 for double models).
+        probe: leaf ``[m]``, float32 (float64 for double models); of the selected micro-batches alone after
+            :meth:`restrict`.
         uses: how often each parameter (by id) was used in the forward.
         per_parameter: when a dict, squared norms ``[m]`` are also added up per parameter id.
         earlier: sessions of another batch size that were given up for this one; no loss may still depend on them.
@@ -84,6 +85,8 @@ class Session:
         self.dtypes: set[torch.dtype] = {dtype}
         self.earlier: list[weakref.ref[Session]] = []
         self.selected: tuple[int, ...] | None = None
+        self._restricted = False
+        self._selection = Selection(self.micro_batches, None)
         self.shared: list = []
         self.consumed = False
         self.first_order = False
@@ -94,7 +97,22 @@ class Session:
 
     def pick(self, *, norms_alone: bool = False) -> Selection:
         """The selected micro-batches where only norms are computed; all where an ordinary backward goes on from it."""
-        return Selection(self.micro_batches, self.selected if norms_alone or self.phase is Phase.CHAIN else None)
+        chosen = self.selected if norms_alone or self.phase is Phase.CHAIN else None
+        if self._selection.chosen is not chosen:
+            self._selection = Selection(self.micro_batches, chosen)
+        return self._selection
+
+    def restrict(self, selected: tuple[int, ...]) -> None:
+        """Take norms of these micro-batches alone, in every pass: the probe has no entries for others."""
+        self.selected, self._restricted = selected, True
+        self.probe = self.probe.new_zeros(len(selected), requires_grad=True)
+
+    def for_probe(self, pick: Selection, squared: Tensor) -> Tensor:
+        """Squared norms of the micro-batches picked as the gradient of the probe."""
+        squared = squared.to(self.probe.dtype)
+        if not self._restricted:
+            return pick.put_segments(squared)
+        return squared if pick.chosen is not None else self.pick(norms_alone=True).take_segments(squared)
 
     @property
     def open(self) -> bool:

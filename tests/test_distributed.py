@@ -97,7 +97,7 @@ def sam_worker(rank: int, port: int, folder: str) -> None:
 def watched(model: nn.Module, size: int | None, steps: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> torch.Tensor:
     """Noise scale, its numerator and the gradient's norm after steps that accumulate the batches listed for them."""
     sink = MemorySink()
-    monitor = fastreg.Monitor(model, micro_batch_size=size, sinks=(sink,))
+    monitor = fastreg.Monitor(model, micro_batch_size=size, fraction=size and 1.0, sinks=(sink,))
     for batches in steps:
         model.zero_grad()
         for x, y in batches:

@@ -56,11 +56,14 @@ class MicroBatchSource(Source):
         return [self._backward(one, reduction, by_layer) for one in done]
 
     def _open(self, session: Session) -> None:
-        reached = self._reached  # Not self: the probe would close a cycle.
-        session.probe.register_post_accumulate_grad_hook(lambda _: reached.append(None))
         session.first_order = session.beside = True
         session.per_parameter = {} if self._per_layer else None
-        session.selected = self._in_turn(session.micro_batches.count)
+        selected = self._in_turn(session.micro_batches.count)
+        if selected is not None:
+            session.restrict(selected)
+        # Not self: the probe would close a cycle.
+        reached = self._reached
+        session.probe.register_post_accumulate_grad_hook(lambda _: reached.append(None))
         self._sessions.append(session)
 
     def _in_turn(self, count: int) -> tuple[int, ...] | None:
@@ -87,8 +90,7 @@ class MicroBatchSource(Source):
         else:
             sizes = reduction.sizes(cut, squared)
             samples, inverse = sizes.sum(), (1 / pick.take_segments(sizes)).sum()
-        squared = pick.take_segments(squared) * pick.take_segments(factors).unsqueeze(1)
-        return Backward(samples, squared, inverse)
+        return Backward(samples, squared * pick.take_segments(factors).unsqueeze(1), inverse)
 
     @torch.enable_grad()
     def _draw(self, session: Session, outputs: object) -> None:

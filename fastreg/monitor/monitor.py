@@ -22,7 +22,7 @@ from fastreg.monitor.sources import Backward
 from fastreg.sinks import Sink
 
 # Of a batch's micro-batches, where only means over them are asked for: norms then cost a few percent of a step.
-QUARTER = 0.25
+EIGHTH = 0.125
 
 
 class Monitor:
@@ -54,7 +54,7 @@ class Monitor:
             micro-batch (accumulation steps, and ranks of DistributedDataParallel); this works with any model and costs
             one read of the gradients.
         fraction: share of the micro-batches of every batch that are measured, in turn, in (0, 1]. Estimates of means
-            stay unbiased. None: all where a metric has an entry for each of them, a quarter otherwise.
+            stay unbiased. None: all where a metric has an entry for each of them, an eighth otherwise.
         ema: decay of the averages over measured steps, in [0, 1).
         every: measure at every ``every``-th step; in between nothing is recorded.
         per_layer: measure every module with parameters of its own as well: ``fastreg/<metric>/<module>``.
@@ -99,7 +99,7 @@ class Monitor:
             self._source = BackwardSource(model)
         else:
             if fraction is None:
-                fraction = 1.0 if any(METRICS[name].aligned for name in metrics) else QUARTER
+                fraction = 1.0 if any(METRICS[name].aligned for name in metrics) else EIGHTH
             self._source = MicroBatchSource(model, micro_batch_size, fraction, per_layer, seed)
             if any(METRICS[name].fisher for name in metrics):
                 self._source.trace_fisher()

@@ -60,26 +60,27 @@ class Average:
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
-        self.total: Tensor | None = None
-        self.weight: Tensor | None = None
+        # The averages, and last the sum of the weights of what they are made of.
+        self._sums: Tensor | None = None
+        self._shape: tuple[int, ...] = ()
 
     def add(self, values: Tensor) -> None:
         """Take one step's values; decided on their device, without a look at them."""
-        if self.total is None:
-            self.total, self.weight = torch.zeros_like(values), values.new_zeros(())
-        self.total, self.weight = self.total.to(values.device), self.weight.to(values.device)
-        counts = values.isfinite().all()
-        self.total = torch.where(counts, self.decay * self.total + (1 - self.decay) * values, self.total)
-        self.weight = torch.where(counts, self.decay * self.weight + (1 - self.decay), self.weight)
+        new = torch.cat((values.flatten(), values.new_ones(1)))
+        if self._sums is None:
+            self._sums, self._shape = torch.zeros_like(new), tuple(values.shape)
+        known = self._sums.to(new.device)
+        self._sums = torch.where(new.isfinite().all(), torch.lerp(new, known, self.decay), known)
 
     def value(self) -> Tensor:
         """The average; NaN before anything counted."""
-        return self.total / self.weight
+        return (self._sums[:-1] / self._sums[-1]).view(self._shape)
 
-    def state_dict(self) -> dict[str, Tensor | None]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that the next value depends on."""
-        return {"total": self.total, "weight": self.weight}
+        return {"sums": self._sums, "shape": self._shape}
 
-    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+    def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore :meth:`state_dict`."""
-        self.total, self.weight = (None if state[k] is None else state[k].clone() for k in ("total", "weight"))
+        self._sums = None if state["sums"] is None else state["sums"].clone()
+        self._shape = tuple(state["shape"])

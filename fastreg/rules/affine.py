@@ -80,6 +80,11 @@ class Scale(Bilinear):
     def norms(self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches) -> Tensor:
         if not parts.weight:
             return Bilinear.norms(self, x, d, weight, bias, parts, cut)
+        places = _places(self.bias_view(weight, x), tuple(x.shape[1:]))
+        if places is not None and (not parts.bias or bias.shape == weight.shape):
+            x, d = x.reshape(-1, *places), d.reshape(-1, *places)
+            squared, of_bias, _, _ = affine_sqnorm(x, d, cut.offsets(x.shape[0]))
+            return squared + of_bias if parts.bias else squared
         of_weight, of_bias = self._gradients(x, d, weight, cut)
         squared = sum_squares(of_weight)
         return squared + sum_squares(self._bias_gradients(d, bias, of_bias, cut)) if parts.bias else squared

@@ -116,7 +116,7 @@ class Join(Function):
             return squared.to(session.probe.dtype)
         if exact:
             ctx.save_for_backward(gradients, *rows)
-        return pick.put_segments(sum_squares(gradients).to(session.probe.dtype))
+        return session.for_probe(pick, sum_squares(gradients))
 
     @staticmethod
     @once_differentiable

@@ -175,7 +175,7 @@ def _squared_norms(use: Use, wanted: Wanted, of_weight: Tensor, of_bias: Tensor,
         (use.bias, wanted.norms.bias, of_bias),
     ):
         if asked:
-            squared = pick.put_segments(sum_squares(gradients).to(use.session.probe.dtype))
+            squared = use.session.for_probe(pick, sum_squares(gradients))
             use.session.add_norms(lineage.key, squared)
             total = squared if total is None else total + squared
     return total

@@ -28,6 +28,10 @@ from fastreg.rules.use import Use
 from fastreg.session import Phase
 
 
+# The overload: looking it up by name takes longer than the call.
+_SAME = torch.ops.aten._unsafe_view.default
+
+
 class Wanted(NamedTuple):
     """What one call of ``RoutedBackward`` computes."""
 
@@ -80,41 +84,44 @@ class Tap(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias)
         # Not a view, which an operation in place on the output would not be allowed to change.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return _SAME(y, y.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d: Tensor | None):
-        use, session, (x, weight, bias) = ctx.use, ctx.use.session, ctx.saved_tensors
         squared = None
-        if d is not None and takes_norms(ctx, use):
-            before = ctx.before or _unchanged
-            if use.shared:
-                deposit_shared(use, before(x), d, weight, bias)
-            norms = Parts(use.alone(use.weight), use.alone(use.bias))
-            if any(norms):
-                pick = session.pick(norms_alone=True)
-                rows = before(pick.take(x)), use.op.laid_out(pick.take(d))
-                squared = pick.put_segments(_norms_beside(use, norms, *rows, weight, bias, pick))
+        if d is not None and takes_norms(ctx, ctx.use):
+            with torch.no_grad():
+                squared = _tapped(ctx.use, ctx.before, d, *ctx.saved_tensors)
         return None, None, d, None, None, None, squared
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+def _tapped(
+    use: Use, before: Callable[[Tensor], Tensor] | None, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor | None:
+    """Squared norms of the micro-batches selected; parts of parameters with other uses are left with the session."""
+    norms = Parts(use.alone(use.weight), use.alone(use.bias))
+    if use.shared:
+        deposit_shared(use, x if before is None else before(x), d, weight, bias)
+    if not any(norms):
+        return None
+    pick = use.session.pick(norms_alone=True)
+    x = pick.take(x)
+    x = x if before is None else before(x)
+    return _norms_beside(use, norms, x, use.op.laid_out(pick.take(d)), weight, bias, pick)
 
 
 def _norms_beside(
     use: Use, norms: Parts, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None, pick: Selection
 ) -> Tensor:
-    """Squared norms of the micro-batches picked, noted for each parameter if asked for."""
-    session, dtype = use.session, use.session.probe.dtype
+    """Squared norms of the micro-batches picked, for the probe, noted for each parameter if asked for."""
+    session = use.session
     if session.per_parameter is None:
-        return use.op.norms(x, d, weight, bias, norms, pick.kept).to(dtype)
+        return session.for_probe(pick, use.op.norms(x, d, weight, bias, norms, pick.kept))
     total = None
     for lineage, part in ((use.weight, Parts(norms.weight, False)), (use.bias, Parts(False, norms.bias))):
         if any(part):
-            squared = use.op.norms(x, d, weight, bias, part, pick.kept).to(dtype)
-            session.add_norms(lineage.key, pick.put_segments(squared))
+            squared = session.for_probe(pick, use.op.norms(x, d, weight, bias, part, pick.kept))
+            session.add_norms(lineage.key, squared)
             total = squared if total is None else total + squared
     return total
 
@@ -169,7 +176,7 @@ class RoutedBackward(Function):
         ctx.save_for_backward(d, x, weight, tangent, memo)
         if session.per_parameter is not None:
             _note_each(use, norms, d, x, weight, bias, pick)
-        return dx, dw, db, None if squared is None else pick.put_segments(squared.to(session.probe.dtype))
+        return dx, dw, db, None if squared is None else session.for_probe(pick, squared)
 
     @staticmethod
     @once_differentiable
@@ -215,7 +222,7 @@ def _note_each(
     ):
         if asked:
             squared = use.op.norms(x, d, weight, bias, part, pick.kept)
-            use.session.add_norms(lineage.key, pick.put_segments(squared.to(use.session.probe.dtype)))
+            use.session.add_norms(lineage.key, use.session.for_probe(pick, squared))
 
 
 def symbol(parameter: Tensor) -> Tensor:

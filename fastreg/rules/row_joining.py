@@ -39,7 +39,7 @@ class RowJoin(Function):
         if exact:
             ctx.save_for_backward(*factors)
         squared = torch.cat([_squared_norms(views) for views in pick.kept.cuts(factors, ())])
-        return pick.put_segments(squared.to(session.probe.dtype))
+        return session.for_probe(pick, squared)
 
     @staticmethod
     @once_differentiable
