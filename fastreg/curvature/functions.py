@@ -174,6 +174,8 @@ def _products(
 
 def _one_by_one(product: Product, parts: list[Tensor]) -> list[Tensor]:
     """Products with n vectors. Two passes of full size each; batched by torch's vmap they took longer on a CPU."""
+    if len(parts[0]) == 1:
+        return [one.unsqueeze(0) for one in product([part[0] for part in parts])]
     found = [torch.empty_like(part) for part in parts]
     for j in range(len(parts[0])):
         for onto, one in zip(found, product([part[j] for part in parts]), strict=True):

@@ -70,18 +70,30 @@ class ModelOperator(CurvatureOperator):
         """The product with the matrix of batch ``number``."""
 
     def apply(self, rows: Tensor) -> Tensor:
-        total, samples = torch.zeros_like(rows), 0
         # A loader that shuffles must draw the same order every time: dropout and sampled labels go by place in it.
         with _seeded(self.seed, self.device):
-            for number, (inputs, targets) in enumerate(self._shown()):
-                linear, product = self._recorded(number, inputs, targets)
-                count = linear.micro_batches.samples
-                for row, onto in zip(rows, total, strict=True):
-                    onto.add_(self._flat(product(self._parts(row))), alpha=count)
-                samples += count
+            if self._keeps:
+                ((inputs, targets),) = self._batches
+                return self._products(rows, self._recorded(0, inputs, targets)[1])
+            return self._mean(rows)
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """The mean over batches, weighted by their samples."""
+        total, samples = torch.zeros_like(rows), 0
+        for number, (inputs, targets) in enumerate(self._shown()):
+            linear, product = self._recorded(number, inputs, targets)
+            count = linear.micro_batches.samples
+            total.add_(self._products(rows, product), alpha=count)
+            samples += count
         if not samples:
             raise FastregError("curvature: data must hold at least one batch, got none")
         return total / samples
+
+    def _products(self, rows: Tensor, product: Product) -> Tensor:
+        found = torch.empty_like(rows)
+        for row, onto in zip(rows, found, strict=True):
+            torch.cat([part.reshape(-1).to(self.dtype) for part in product(self._parts(row))], out=onto)
+        return found
 
     def _recorded(self, number: int, inputs: object, targets: Tensor) -> tuple[Linearization, Product]:
         if self._kept is not None and self._kept[0] == self._state():
@@ -111,9 +123,6 @@ class ModelOperator(CurvatureOperator):
     def _parts(self, row: Tensor) -> list[Tensor]:
         parts = unflatten(row, self.parameters)
         return [part.to(p.dtype) for part, p in zip(parts.values(), self.parameters.values(), strict=True)]
-
-    def _flat(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(-1).to(self.dtype) for part in parts])
 
 
 class Hessian(ModelOperator):
