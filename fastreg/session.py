@@ -27,12 +27,13 @@ class Phase(Enum):
     CHAIN = "input gradients and squared norms; no parameter gradient is formed"
     DIRECTIONS = "input gradients and squared norms; what the norms are made of is kept"
     STATISTICS = "input and parameter gradients, and squared norms with them"
+    TANGENT = "of a double backward, what leads to the cotangents of the first backward alone"
     SYMBOLIC = "input gradients; zeros stand for parameter gradients, in a graph that can be differentiated"
 
     @property
     def takes_norms(self) -> bool:
         """Whether backward passes compute squared norms."""
-        return self not in (Phase.PLAIN, Phase.SYMBOLIC)
+        return self not in (Phase.PLAIN, Phase.SYMBOLIC, Phase.TANGENT)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,12 @@ class Linearization:
         refuse_offenders(logits, self._session, self._names)
         seed = torch.zeros_like(logits, requires_grad=True)
         gradients = self._symbolic(logits, seed)
-        return lambda vectors: self._derivative(gradients, [seed], vectors)[0]
+
+        def product(vectors: Vectors) -> Tensor:
+            with self._session.during(Phase.TANGENT):
+                return self._derivative(gradients, [seed], vectors)[0]
+
+        return product
 
     def pull_back(self, cotangent: Tensor) -> list[Tensor]:
         """``J^T u`` for ``u`` shaped as the outputs."""

@@ -49,6 +49,11 @@ class Bilinear(ABC):
     def forward(self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """``B(x, w) + b``; with ``bias=None`` the bilinear map alone (the tangent and up-chain product)."""
 
+    def forward_onto(self, onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+        """``onto + B(x, w)``; ``onto`` may be overwritten."""
+        y = self.forward(x, weight, None)
+        return y if onto is None else onto.add_(y)
+
     def laid_out(self, d: Tensor) -> Tensor:
         """``d`` in the memory layout that the products read; it is read by several."""
         return d

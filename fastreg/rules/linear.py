@@ -25,6 +25,11 @@ class Linear(Bilinear):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
+    def forward_onto(self, onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+        if onto is None:
+            return self.forward(x, weight, None)
+        return torch.addmm(rows_of(onto), rows_of(x), weight.t()).view(onto.shape)
+
     def laid_out(self, d: Tensor) -> Tensor:
         return d.contiguous()
 

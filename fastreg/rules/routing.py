@@ -60,7 +60,10 @@ class Routed(Function):
         wanted = wanted_by(ctx, use, ctx.needs_input_grad)
         if takes_norms(ctx, use):
             deposit_shared(use, x, d, weight, bias)
-        return None, *RoutedBackward.apply(use, wanted, d, x, weight, bias)
+        if wanted.exact:
+            return None, *RoutedBackward.apply(use, wanted, d, x, weight, bias)
+        # What is not differentiated again needs no node.
+        return None, *_backward(use, wanted, d, x, weight, bias)[0]
 
 
 class Tap(Function):
@@ -155,28 +158,11 @@ class RoutedBackward(Function):
 
     @staticmethod
     def forward(ctx, use: Use, wanted: Wanted, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None):
-        session, op, norms = use.session, use.op, wanted.norms
         ctx.set_materialize_grads(False)
-        ctx.use, ctx.wanted = use, wanted
-        ctx.pick = pick = session.pick()
-        d, x = op.laid_out(pick.take(d)), pick.take(x)
-        dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
-        dw = db = squared = tangent = memo = None
-        if session.phase is Phase.DIRECTIONS and any(norms):
-            squared = keep_direction(use, norms, x.detach(), d, weight, bias)
-        elif session.phase is Phase.STATISTICS and any(norms) and not wanted.exact:
-            dw, db, squared = op.with_norms(x, d, weight, bias, norms, pick.kept)
-        elif any(norms):
-            squared, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
-        symbolic = session.phase is Phase.SYMBOLIC
-        if wanted.dw and dw is None:
-            dw = symbol(weight) if symbolic else op.outer(x, d, weight)
-        if wanted.db and db is None:
-            db = symbol(bias) if symbolic else op.bias_total(d, bias)
-        ctx.save_for_backward(d, x, weight, tangent, memo)
-        if session.per_parameter is not None:
-            _note_each(use, norms, d, x, weight, bias, pick)
-        return dx, dw, db, None if squared is None else session.for_probe(pick, squared)
+        ctx.use, ctx.wanted, ctx.pick = use, wanted, use.session.pick()
+        found, kept = _backward(use, wanted, d, x, weight, bias)
+        ctx.save_for_backward(*kept)
+        return found
 
     @staticmethod
     @once_differentiable
@@ -184,6 +170,8 @@ class RoutedBackward(Function):
         d, x, weight, tangent, memo = ctx.saved_tensors
         op, pick = ctx.use.op, ctx.pick
         needs_d, needs_x, needs_w = ctx.needs_input_grad[2:5]
+        if ctx.use.session.phase is Phase.TANGENT:
+            needs_x = needs_w = False
         grad_d = grad_x = grad_w = None
         if vx is not None:
             vx = op.laid_out(pick.take(vx))
@@ -196,11 +184,36 @@ class RoutedBackward(Function):
             if needs_x and ctx.wanted.norms.weight:
                 grad_x = op.scaled_push(x, d, memo, factors, pick.kept)
         if vw is not None:
-            grad_d = _plus(grad_d, op.forward(x, vw, None)) if needs_d else None
+            grad_d = op.forward_onto(grad_d, x, vw) if needs_d else None
             grad_x = _plus(grad_x, op.transpose(d, vw, x)) if needs_x else None
         if vb is not None and needs_d:
             grad_d = _plus(grad_d, vb.reshape(op.bias_view(vb, d)).expand_as(d))
         return None, None, pick.put(grad_d), pick.put(grad_x), grad_w, None
+
+
+def _backward(
+    use: Use, wanted: Wanted, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """``(dx, dw, db, squared norms)``, and ``(d, x, weight, tangent, memo)`` to differentiate them by."""
+    session, op, norms, pick = use.session, use.op, wanted.norms, use.session.pick()
+    d, x = op.laid_out(pick.take(d)), pick.take(x)
+    dx = pick.put(op.transpose(d, weight, x)) if wanted.dx else None
+    dw = db = squared = tangent = memo = None
+    if session.phase is Phase.DIRECTIONS and any(norms):
+        squared = keep_direction(use, norms, x.detach(), d, weight, bias)
+    elif session.phase is Phase.STATISTICS and any(norms) and not wanted.exact:
+        dw, db, squared = op.with_norms(x, d, weight, bias, norms, pick.kept)
+    elif any(norms):
+        squared, tangent, memo = _norms(op, wanted, d, x, weight, bias, pick)
+    symbolic = session.phase is Phase.SYMBOLIC
+    if wanted.dw and dw is None:
+        dw = symbol(weight) if symbolic else op.outer(x, d, weight)
+    if wanted.db and db is None:
+        db = symbol(bias) if symbolic else op.bias_total(d, bias)
+    if session.per_parameter is not None:
+        _note_each(use, norms, d, x, weight, bias, pick)
+    squared = None if squared is None else session.for_probe(pick, squared)
+    return (dx, dw, db, squared), (d, x, weight, tangent, memo)
 
 
 def _norms(

@@ -99,14 +99,16 @@ class SpreadBackward(Function):
         op, cut = use.op, use.session.micro_batches
         grad_d = grad_x = None
         of_parameters = (None,) * 4
+        tangent_alone = use.session.phase is Phase.TANGENT
         if vx is not None:
             vx = op.laid_out(vx)
             grad_d = op.forward(vx, weight, None)
-            of_parameters = _parameter_gradients(use, vx, d, weight, None, (leaves[0], None))
+            if not tangent_alone:
+                of_parameters = _parameter_gradients(use, vx, d, weight, None, (leaves[0], None))
         if weights is not None:
             pulled = op.dense_pull(x, weights, cut)
             grad_d = pulled if grad_d is None else grad_d + pulled
-            grad_x = op.dense_push(d, weights, x, cut) if ctx.needs_input_grad[3] else None
+            grad_x = op.dense_push(d, weights, x, cut) if ctx.needs_input_grad[3] and not tangent_alone else None
         if biases is not None:
             grad_d = op.with_biases(torch.zeros_like(d) if grad_d is None else grad_d, biases, cut)
         return None, None, grad_d, grad_x, *of_parameters
