@@ -77,17 +77,26 @@ stage_kernels() {
 
 # The transformer and the conv net at a GPU's sizes, in the dtype one trains in and in float32.
 stage_steps() {
-    local part dtype model
+    local dtype model suite
     for model in gpt2 resnet18; do
         for dtype in bfloat16 float32; do
-            part=$(mktemp)
-            "$PYTHON" -m fastreg bench --device cuda --model "$model" --dtype "$dtype" --m 8 32 \
-                --methods plain_norms exact fisher sequential functorch plain_compiled \
-                functorch_compiled --rounds 11 --json "$part" || echo "gpu.sh: see the rows above" >&2
-            "$PYTHON" bench/gpu_results.py "$RESULTS" "steps-$model-$dtype" "$part"
-            rm "$part"
+            steps "steps-$model-$dtype" --model "$model" --dtype "$dtype" --m 8 32 --methods plain_norms exact fisher \
+                sequential functorch plain_compiled functorch_compiled
+        done
+        for suite in monitor sam curvature; do
+            steps "$suite-$model" --model "$model" --dtype float32 --m 16 --suite "$suite"
         done
     done
+}
+
+# Times steps and adds the rows to the results under a name.
+steps() {
+    local part name=$1
+    shift
+    part=$(mktemp)
+    "$PYTHON" -m fastreg bench --device cuda "$@" --rounds 11 --json "$part" || echo "gpu.sh: see the rows above" >&2
+    "$PYTHON" bench/gpu_results.py "$RESULTS" "$name" "$part"
+    rm "$part"
 }
 
 # Out-of-bounds accesses and races, in the smaller tests of the CUDA kernels.

@@ -16,7 +16,7 @@ from fastreg.stats import RidingNorms
 
 Product = Literal["hvp", "hvp_several", "hvp_micro", "hvp_micro_grad", "ggn"]
 Quantity = Literal["loss", "grad_norm", "fisher", "sample_norms", "sam", "m_sam", Product]
-Suite = Literal["penalty", "sam", "curvature"]
+Suite = Literal["penalty", "monitor", "sam", "curvature"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,19 @@ def plain_norms(problem: Problem) -> Step:
     return Step(model, run, sq_norms=lambda: found[0])
 
 
+def monitored(problem: Problem, **options: object) -> Step:
+    """The plain step with :class:`fastreg.Monitor` beside it."""
+    model = problem.model
+    monitor = fastreg.Monitor(model, **options)
+    step = plain(problem)
+
+    def run() -> None:
+        step.run()
+        monitor.step()
+
+    return Step(model, run, sq_norms=lambda: monitor.metrics["fastreg/sample_norms"].square())
+
+
 def exact(problem: Problem) -> Step:
     """The gradient-norm penalty, exact, all micro-batches at once."""
     penalty = fastreg.GradNorm(weight=problem.weight)
@@ -99,6 +112,18 @@ def _regularized(problem: Problem, penalty: fastreg.Penalty) -> Callable[[], Non
         reg(loss, outputs).backward()
 
     return run
+
+
+def _monitors() -> Iterator[Method]:
+    """The methods of the suite ``"monitor"``."""
+    one = partial(Method, suite="monitor")
+    yield one("monitor", "loss", "fastreg.Monitor as it comes: an eighth of the samples", monitored)
+    norms = partial(monitored, metrics=("grad_noise_scale", "sample_norms"))
+    yield one("monitor_norms", "sample_norms", "the same with every sample's norm", norms)
+    passes = partial(monitored, metrics=("grad_norm",), micro_batch_size=None)
+    yield one("monitor_passes", "loss", "backward passes as micro-batches", passes)
+    about = "fastreg.stats.RidingNorms, every sample"
+    yield one("riding_norms", "sample_norms", about, plain_norms)
 
 
 def _curvature() -> Iterator[Method]:
@@ -188,6 +213,7 @@ METHODS: dict[str, Method] = {
             # It takes the norm of the gradient in float32.
             rounding=1e-6,
         ),
+        *_monitors(),
         *_curvature(),
     )
 }
