@@ -33,8 +33,8 @@ class ModelOperator(CurvatureOperator):
     Args:
         model: run on every batch.
         loss_fn: ``loss_fn(outputs, targets)``, the mean loss over samples, scalar.
-        data: one batch ``(inputs, targets)``, tuple or list, or an iterable of batches that can be iterated again (a list, a
-            ``DataLoader``), in which samples count alike.
+        data: one batch ``(inputs, targets)``, tuple or list, or an iterable of batches that can be iterated again (a
+            list, a ``DataLoader``), in which samples count alike.
         parameters: those that the matrix is about (one layer's, say); all that require grad by default.
         seed: of dropout, and of the order of a loader that shuffles without a generator of its own.
         progress: show a bar over batches (needs tqdm).

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from fastreg.errors import FastregError
 from fastreg.kernels import index_sqnorm, outer_apply
 from fastreg.micro_batches import MicroBatches
-from fastreg.rules.bilinear import Bilinear, Parts, Rows, sum_squares
+from fastreg.rules.bilinear import Parts, Rows, sum_squares
 from fastreg.rules.use import Lineage, Use
 
 

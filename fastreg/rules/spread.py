@@ -95,7 +95,7 @@ class SpreadBackward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, vx: Tensor | None, vw: None, vb: None, weights: Tensor | None, biases: Tensor | None):
-        use, (d, x, weight, bias, *leaves) = ctx.use, ctx.saved_tensors
+        use, (d, x, weight, _bias, *leaves) = ctx.use, ctx.saved_tensors
         op, cut = use.op, use.session.micro_batches
         grad_d = grad_x = None
         of_parameters = (None,) * 4
