@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastreg.benchmark.peers import Step, functional_loss, split_layer_norms
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
 from fastreg.curvature import Hessian, batched_hvp, fisher_vp, ggn_vp
+from fastreg.tracing import compile
 
 if TYPE_CHECKING:
     from curvlinops import HessianLinearOperator
@@ -42,6 +43,22 @@ def vector(problem: Problem) -> dict[str, Tensor]:
 def hvp(problem: Problem) -> Step:
     """``batched_hvp`` of one vector."""
     return _fastreg(problem, batched_hvp, vector(problem))
+
+
+def hvp_compiled(problem: Problem) -> Step:
+    """``batched_hvp`` of one vector through ``fastreg.compile``."""
+    model, v = problem.model, vector(problem)
+
+    def product(inputs: Tensor, targets: Tensor, v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return batched_hvp(model, mean_cross_entropy, (inputs, targets), v)
+
+    compiled = compile(product, model)
+
+    def compute() -> list[Tensor]:
+        with problem.precision():
+            return list(compiled(problem.inputs, problem.targets, v).values())
+
+    return _step(problem, compute)
 
 
 def hvp_several(problem: Problem) -> Step:

@@ -130,6 +130,8 @@ def _curvature() -> Iterator[Method]:
     """The methods of the suite ``"curvature"``."""
     one = partial(Method, suite="curvature")
     several = partial(one, computes="hvp_several", products=curvature.SEVERAL)
+    about = "batched_hvp, one vector, through fastreg.compile"
+    yield one("hvp_compiled", "hvp", about, curvature.hvp_compiled, by_default=False, compiled=True)
     yield one("hvp", "hvp", "batched_hvp, one vector", curvature.hvp)
     yield one("hvp_kept", "hvp", "Hessian operator, a later product", curvature.hvp_kept)
     yield several("hvp8", about="batched_hvp, 8 vectors", prepare=curvature.hvp_several)
