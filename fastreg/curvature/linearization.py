@@ -36,7 +36,7 @@ Vectors = Sequence[Tensor]
 
 
 class Linearization:
-    """The forward of one batch. Buffers and random numbers are left as they were.
+    """The forward of one batch; buffers are left as they were.
 
     Args:
         model: run in its current mode.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastreg.rules.routing import symbol
 from fastreg.rules.use import Lineage, Use
 from fastreg.session import Phase
 
@@ -89,7 +90,7 @@ class SpreadBackward(Function):
         ctx.save_for_backward(d, x, weight, bias, *leaves)
         dx = use.op.transpose(d, weight, x) if needs_x else None
         if use.session.phase is Phase.SYMBOLIC:
-            return dx, None, None, *(None if leaf is None else leaf.new_zeros(()).expand(leaf.shape) for leaf in leaves)
+            return dx, None, None, *(None if leaf is None else symbol(leaf) for leaf in leaves)
         return dx, *_parameter_gradients(use, x, d, weight, bias, leaves)
 
     @staticmethod
