@@ -101,3 +101,12 @@ def test_a_micro_batch_without_gradient_counts_as_flat() -> None:
     want = (curvatures[0] / squared[0] + curvatures[2] / squared[2]) / 3
     torch.testing.assert_close(batch_sharpness(model, loss_fn, (inputs, targets), 2), want)
     assert batch_sharpness(model, loss_fn, (torch.zeros_like(inputs), targets), 2) == 0
+
+
+@pytest.mark.parametrize("size", [0, True, 1.5])
+def test_refused_micro_batch_sizes(size: object) -> None:
+    case = BY_NAME["mlp_gelu"]
+    model = case.model()
+    with pytest.raises(FastregError, match=f"micro_batch_size must be an integer >= 1 or None, got {size!r}"):
+        batch_sharpness(model, case.loss_fn, case.batch(4), size)
+    assert not any(module._forward_hooks for module in model.modules())

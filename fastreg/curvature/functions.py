@@ -69,10 +69,11 @@ def batched_hvp(
         return _products(model, make, inputs, vectors, micro_batch_size, reduce, parameters)
     if vectors != GRADIENT:
         raise FastregError(f"batched_hvp: vectors must be tensors or {GRADIENT!r}, got {vectors!r}")
-    _check_cut(micro_batch_size, reduce)
+    _check_reduction(micro_batch_size, reduce)
     chosen = named_parameters(model, parameters)
     if reduce is None and micro_batch_size is not None:
-        return _along_kept_gradients(model, loss_fn, batch, micro_batch_size, chosen)
+        linear = Linearization(model, chosen, inputs, micro_batch_size, spread=True, apart=True)
+        return dict(zip(chosen, linear.along_gradients(linear.loss(loss_fn, targets))[1], strict=True))
     linear = Linearization(model, chosen, inputs, micro_batch_size)
     found = linear.hessian_gradients(linear.loss(loss_fn, targets), mean=reduce != "sum")
     return dict(zip(chosen, found, strict=True))
@@ -156,7 +157,7 @@ def _products(
     reduce: str | None,
     parameters: Iterable[nn.Parameter] | None,
 ) -> Vectors:
-    _check_cut(size, reduce)
+    _check_reduction(size, reduce)
     chosen = named_parameters(model, parameters)
     forms = Forms(vectors, chosen)
     spread = size is not None
@@ -183,19 +184,7 @@ def _one_by_one(product: Product, parts: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def _along_kept_gradients(
-    model: nn.Module, loss_fn: LossFunction, batch: tuple, size: int, chosen: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """``H_k g_k`` of every micro-batch."""
-    linear = Linearization(model, chosen, batch[0], size, spread=True, apart=True)
-    loss = linear.loss(loss_fn, batch[1])
-    gradients = linear.unweighted(linear.gradients(loss))
-    return dict(zip(chosen, linear.unweighted(linear.hessian(loss)(gradients)), strict=True))
-
-
-def _check_cut(size: int | None, reduce: str | None) -> None:
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise FastregError(f"curvature: micro_batch_size must be an integer >= 1 or None, got {size!r}")
+def _check_reduction(size: int | None, reduce: str | None) -> None:
     if reduce not in (None, "mean", "sum"):
         raise FastregError(f"curvature: reduce must be 'mean', 'sum' or None, got {reduce!r}")
     if reduce is not None and size is None:

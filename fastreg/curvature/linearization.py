@@ -60,12 +60,15 @@ class Linearization:
         spread: bool = False,
         apart: bool = False,
     ) -> None:
+        size = micro_batch_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise FastregError(f"curvature: micro_batch_size must be an integer >= 1 or None, got {size!r}")
         check_model(model)
         self._parameters = list(parameters.values())
         self._names = {id(p): name for name, p in parameters.items()}
         self._session: Session | None = None
         self._spread, self._apart = spread, apart
-        size = sys.maxsize if micro_batch_size is None else micro_batch_size
+        size = sys.maxsize if size is None else size
         self._model = model
         self._recorder = recorder = Recorder(model, size, self._parameters, lambda: True)
         recorder.on_open = self._open
@@ -117,6 +120,11 @@ class Linearization:
             squared = squared_norms(self._session, loss, differentiable=True)
             half = squared @ Reduction().factors(cut, squared) / (2 * cut.count if mean else 2)
         return self._gathered(self._grad([half], self._parameters))
+
+    def along_gradients(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """``g_k`` and ``H_k g_k`` of every micro-batch, ``[m, *p.shape]``."""
+        gradients = self.unweighted(self.gradients(loss))
+        return gradients, self.unweighted(self.hessian(loss)(gradients))
 
     def weighted(self, vectors: Vectors, *, mean: bool) -> list[Tensor]:
         """Vectors such that the sum over what micro-batches contribute is ``sum_k H_k v_k``, or its mean."""

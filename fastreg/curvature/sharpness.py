@@ -102,9 +102,7 @@ def gradient_curvatures(
     """
     chosen = named_parameters(model, parameters)
     linear = Linearization(model, chosen, batch[0], micro_batch_size, spread=True, apart=True)
-    loss = linear.loss(loss_fn, batch[1])
-    gradients = linear.unweighted(linear.gradients(loss))
-    products = linear.unweighted(linear.hessian(loss)(gradients))
+    gradients, products = linear.along_gradients(linear.loss(loss_fn, batch[1]))
     curvatures = sum(row_dots(g, h) for g, h in zip(gradients, products, strict=True))
     return curvatures, sum(row_dots(g, g) for g in gradients)
 
