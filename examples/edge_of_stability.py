@@ -31,7 +31,7 @@ from fastreg.curvature import Hessian, batch_sharpness, sharpness_margin
 from fastreg.errors import FastregError
 from fastreg.models import mlp
 from fastreg.recipes.data import Split, digits
-from fastreg.recipes.optional import require
+from fastreg.optional import require
 
 WIDTH = 64
 # Batches over which a batch sharpness is averaged: its standard error is then near 2%.

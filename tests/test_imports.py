@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import those of its own line and of the lines above it. A module that is not listed
 # is held only to the rule that imports have no cycle.
 LAYERS = (
-    ("fastreg._C", "fastreg._cuda", "fastreg.errors", "fastreg._version", "fastreg.peek"),
+    ("fastreg._C", "fastreg._cuda", "fastreg.errors", "fastreg._version", "fastreg.peek", "fastreg.optional"),
     ("fastreg.kernels",),
     ("fastreg.micro_batches", "fastreg.loss"),
     ("fastreg.normalize", "fastreg.cross_entropy", "fastreg.attention", "fastreg.fused_attention"),
@@ -26,7 +26,8 @@ LAYERS = (
     ("fastreg.penalties",),
     ("fastreg.perturbed_passes", "fastreg.perturbed_penalty", "fastreg.perturbed_step"),
     ("fastreg.self_check", "fastreg.sinks", "fastreg.stats", "fastreg.regularizer"),
-    ("fastreg.monitor", "fastreg.curvature", "fastreg.tracing"),
+    ("fastreg.monitor", "fastreg.curvature", "fastreg.sampling", "fastreg.tracing"),
+    ("fastreg.noise",),
     ("fastreg.check",),
     ("fastreg", "fastreg.models"),
     ("fastreg.kernel_report",),

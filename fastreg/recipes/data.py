@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastreg.recipes.optional import require
+from fastreg.optional import require
 
 # The split is part of the task, not of the run: every seed of every method sees the same one.
 DIGITS_SPLIT_SEED = 0

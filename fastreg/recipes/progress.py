@@ -3,7 +3,7 @@
 import sys
 from types import TracebackType
 
-from fastreg.recipes.optional import require
+from fastreg.optional import require
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""Packages that only the recipes need."""
+"""Packages that only some parts of fastreg need."""
 
 import importlib
 from types import ModuleType
@@ -7,7 +7,7 @@ from fastreg.errors import FastregError
 
 
 def require(module: str) -> ModuleType:
-    """Import a package of the ``demo`` extra.
+    """Import a package of an extra.
 
     Args:
         module: dotted name, ``"sklearn.datasets"``.
@@ -26,5 +26,5 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise FastregError(
-            f"train: {module} must be installed, got {error} (pip install 'fastreg[demo]')"
+            f"fastreg: {module} must be installed, got {error} (pip install 'fastreg[demo]')"
         ) from error

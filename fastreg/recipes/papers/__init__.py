@@ -1,0 +1,1 @@
+"""One recipe per file; :mod:`fastreg.recipes.catalogue` finds them."""
