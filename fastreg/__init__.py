@@ -4,25 +4,37 @@
 """
 
 from fastreg._version import __version__
-from fastreg import curvature, optim
+from fastreg import curvature, optim, weights
 from fastreg.check import check
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.graph_walk import trust
 from fastreg.kernels import backend, explain
 from fastreg.monitor import Monitor
-from fastreg.penalties import FisherTrace, GradNorm, Penalty
+from fastreg.penalties import (
+    AverageJacobian,
+    FisherTrace,
+    GradNorm,
+    NoiseTrace,
+    Penalty,
+    UnitJacobian,
+    WithoutReplacement,
+)
 from fastreg.regularizer import Regularizer
 from fastreg.stats import fisher_trace, micro_batch_grad_norms, per_sample_grad_norms
 from fastreg.tracing import compile
 
 __all__ = [
+    "AverageJacobian",
     "FastregError",
     "FisherTrace",
     "GradNorm",
     "Monitor",
+    "NoiseTrace",
     "Penalty",
     "Regularizer",
+    "UnitJacobian",
     "UnsupportedOperation",
+    "WithoutReplacement",
     "__version__",
     "backend",
     "check",
@@ -34,4 +46,5 @@ __all__ = [
     "optim",
     "per_sample_grad_norms",
     "trust",
+    "weights",
 ]

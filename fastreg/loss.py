@@ -40,6 +40,17 @@ class Reduction:
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not self.scale > 0:
             raise FastregError(f"reg: scale must be a positive number, got {self.scale!r}")
 
+    def total(self, cut: MicroBatches, like: Tensor) -> Tensor | float:
+        """``r``: the loss that was passed is r times the mean loss C of the batch."""
+        if self.kind == "mean":
+            return self.scale
+        return self.scale * (cut.samples if self.counts is None else self.sizes(cut, like).sum())
+
+    def shares(self, cut: MicroBatches, like: Tensor) -> Tensor:
+        """``w_k``, ``[m]``, with ``C = sum_k w_k C_k``."""
+        sizes = cut.sizes(like.device, like.dtype) if self.counts is None else self.sizes(cut, like)
+        return sizes / sizes.sum()
+
     def factors(self, cut: MicroBatches, like: Tensor) -> Tensor:
         """``1 / r_k^2``, ``[m]``; 0 for a micro-batch without counts, whose rows are all zero."""
         if self.counts is None:

@@ -63,7 +63,7 @@ class PerturbedPenalty:
         self._passes = PerturbedPasses(model, micro_batch_size, parameters)
         self._passes.recorder.keeps_outputs = True
         self._warned = False
-        self.metrics: dict[str, Tensor] = {}
+        self.values: list[Tensor] = []
         self.sq_norms: Tensor | None = None
 
     @property
@@ -71,14 +71,14 @@ class PerturbedPenalty:
         """What is attached to the model."""
         return self._passes.recorder
 
-    def __call__(self, run: Callable[[], Tensor], reduction: Reduction, every: int) -> Tensor:
-        """The loss, whose backward hands out the gradients found here."""
+    def __call__(self, run: Callable[[], Tensor], reduction: Reduction, weights: Sequence[float]) -> Tensor:
+        """The loss, whose backward hands out the gradients found here; weights are those of the penalties."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         with torch.enable_grad(), self._passes.same_random_numbers() as rewind:
             loss, gradients = None, [None] * len(trainable)
-            values = []
-            for number, penalty in enumerate(self.penalties):
-                term = _Term(self, penalty, reduction, trainable, penalty.weight * every * reduction.scale)
+            self.values = []
+            for number, (penalty, weight) in enumerate(zip(self.penalties, weights, strict=True)):
+                term = _Term(self, penalty, reduction, trainable, weight * reduction.scale)
                 if number:
                     rewind()
                 with buffers_kept(self.model) if number else nullcontext():
@@ -87,13 +87,8 @@ class PerturbedPenalty:
                 for sign in term.signs:
                     rewind()
                     gradients = _plus(gradients, term.again(run, sign))
-                values.append((penalty, term.value))
-        self._note(values)
+                self.values.append(term.value)
         return Delivered.apply(loss, gradients, *trainable)
-
-    def _note(self, values: list[tuple[Penalty, Tensor]]) -> None:
-        self.metrics = {f"fastreg/{penalty.name}": value for penalty, value in values}
-        self.metrics["fastreg/penalty"] = sum(penalty.weight * value for penalty, value in values)
 
     def warn_of_kinks(self, loss: Tensor) -> None:
         """Once: on a piecewise linear network a finite difference sees the kinks between two points."""
@@ -133,7 +128,7 @@ class _Term:
             loss = run()
             session = self._session(loss)
             self.owner.warn_of_kinks(loss)
-            target, described = self._target(loss, again=False)
+            target, described = self._target(loss, session, again=False)
             plain = self._gradients(loss.mean(), keep=True) if pending and not shared else [None] * len(self.trainable)
             with session.during(Phase.DIRECTIONS):
                 squared, *at_weights = torch.autograd.grad(target, [session.probe, *self.trainable], allow_unused=True)
@@ -148,7 +143,7 @@ class _Term:
         session.directions.factors = sign * self.steps
         with self.owner._passes.again(self.sessions):
             loss = run()
-            target, _ = self._target(loss, again=True)
+            target, _ = self._target(loss, session, again=True)
             found = self._gradients(target, keep=False)
         return _times(found, self.share * sign / len(self.signs))
 
@@ -189,14 +184,14 @@ class _Term:
         check_loss(loss, self.sessions[0].micro_batches.samples)
         return self.sessions[0]
 
-    def _target(self, loss: Tensor, again: bool) -> tuple[Tensor, Reduction]:
+    def _target(self, loss: Tensor, session: Session, again: bool) -> tuple[Tensor, Reduction]:
         """What the penalty squares the gradients of, and how it is reduced."""
         reduction = self.reduction
         if loss.dim():
             # The caller will average; so that the looked-ahead gradient is the whole one, it is done here.
             reduction = Reduction("sum", reduction.scale / loss.shape[0], reduction.counts)
         outputs = first_tensor(self.owner._passes.recorder.outputs)
-        return self.penalty.surrogate(loss.mean(), outputs, reduction, again=again)
+        return self.penalty.surrogate(loss.mean(), outputs, reduction, session.micro_batches, again=again)
 
     def _gradients(self, total: Tensor, keep: bool) -> Gradients:
         return list(torch.autograd.grad(total, self.trainable, retain_graph=keep, allow_unused=True))

@@ -11,7 +11,7 @@ from fastreg.attach import check_model
 from fastreg.errors import FastregError
 from fastreg.graph_walk import refuse_offenders
 from fastreg.loss import Reduction, check_loss, first_tensor
-from fastreg.penalties.base import Penalty, Step
+from fastreg.penalties.base import Penalty, Step, metrics
 from fastreg.perturbed_penalty import PerturbedPenalty
 from fastreg.recording import Recorder
 from fastreg.self_check import self_check
@@ -89,6 +89,8 @@ class Regularizer:
     ) -> None:
         self.penalties = _penalties(penalty)
         _at_least_one("micro_batch_size", micro_batch_size)
+        for one in self.penalties:
+            one.policy(micro_batch_size)
         _at_least_one("every", every)
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise FastregError(f"Regularizer: fraction must be in (0, 1], got {fraction!r}")
@@ -111,6 +113,7 @@ class Regularizer:
         check_model(model)
         self._recorder = Recorder(model, micro_batch_size, tracked, self._active)
         self._recorder.keeps_outputs = check
+        self._recorder.on_open = self._open
 
     def __call__(
         self,
@@ -151,13 +154,13 @@ class Regularizer:
         self._calls += 1
         if (self._calls - 1) % self.every:
             return loss
-        step = Step(session, loss, first_tensor(outputs), Reduction(reduction, scale, counts))
+        step = Step(session, loss, first_tensor(outputs), Reduction(reduction, scale, counts), self._differentiated())
         if self.check and not self._checked:
             refuse_offenders(loss, session, self._recorder.tracked_names())
             self_check(step, self._recorder)
             self._checked, self._recorder.keeps_outputs = True, False
         session.selected = self._choose(session.micro_batches.count)
-        penalty = self._penalty(step) * (self.every * scale)
+        penalty = self._penalty(step) * scale
         return loss + (penalty - penalty.detach()).to(loss.dtype)
 
     def _by_perturbation(self, run: Callable[[], Tensor], reduction: Reduction) -> Tensor:
@@ -171,8 +174,8 @@ class Regularizer:
         self._calls += 1
         if (self._calls - 1) % self.every:
             return run()
-        loss = self._perturbed(run, reduction, self.every)
-        self.metrics, self.sq_norms = self._perturbed.metrics, self._perturbed.sq_norms
+        loss = self._perturbed(run, reduction, self._weights())
+        self._note(self._perturbed.values, self._perturbed.sq_norms)
         return loss
 
     def remove(self) -> None:
@@ -221,13 +224,30 @@ class Regularizer:
         chosen = torch.randperm(count, generator=self._choice)[:kept]
         return tuple(sorted(chosen.tolist()))
 
+    def _open(self, session: Session) -> None:
+        for penalty in self.penalties:
+            penalty.open(session)
+
+    def _differentiated(self) -> tuple[Tensor, ...]:
+        """What the gradient of the batch is wanted of."""
+        if not any(penalty.needs_gradient for penalty in self.penalties):
+            return ()
+        return tuple(p for p in self._recorder.parameters if p.requires_grad)
+
     def _penalty(self, step: Step) -> Tensor:
-        values = [(penalty, penalty.value(step)) for penalty in self.penalties]
-        total = sum(penalty.weight * value for penalty, value in values)
-        self.metrics = {f"fastreg/{penalty.name}": value.detach() for penalty, value in values}
-        self.metrics["fastreg/penalty"] = total.detach()
-        self.sq_norms = step.sq_norms.detach() if "sq_norms" in step.__dict__ else None
-        return total
+        for penalty in self.penalties:
+            penalty.prepare(step)
+        values = [penalty.value(step) for penalty in self.penalties]
+        self._note([value.detach() for value in values], step.sq_norms.detach() if "sq_norms" in step.__dict__ else None)
+        return sum(weight * value for weight, value in zip(self._weights(), values, strict=True))
+
+    def _weights(self) -> list[float]:
+        """Coefficients at this step; ``every`` keeps their mean over steps."""
+        return [one.policy(self.micro_batch_size).at(self._calls - 1) * self.every for one in self.penalties]
+
+    def _note(self, values: Sequence[Tensor], sq_norms: Tensor | None) -> None:
+        self.metrics = metrics(self.penalties, values, self._calls - 1, self.micro_batch_size)
+        self.sq_norms = sq_norms
 
 
 def _penalties(penalty: Penalty | Sequence[Penalty]) -> tuple[Penalty, ...]:

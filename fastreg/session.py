@@ -51,6 +51,19 @@ class Traced:
     parameters: tuple[int, ...]
 
 
+@dataclass
+class Frame:
+    """Directions that gradients are projected on.
+
+    Attributes:
+        probe: leaf ``[m, r]``; the projections of micro-batch gradients are its gradient.
+        vectors: ``[r, *parameter.shape]`` by parameter id; to be there before a backward pass.
+    """
+
+    probe: Tensor
+    vectors: dict[int, Tensor]
+
+
 class Session:
     """The state of one recorded forward pass.
 
@@ -70,6 +83,7 @@ class Session:
             parameter is involved.
         directions: where backward passes in the phase ``DIRECTIONS`` leave them.
         perturbation: what operations of this forward are perturbed by, or None.
+        frame: directions that the gradients of all parameters are projected on, or None.
         leaves: what stands for the parameters of each micro-batch, where gradients are differentiated by them, or None.
         beside: whether torch's own operations compute outputs and gradients, and norms are computed beside them.
     """
@@ -94,6 +108,7 @@ class Session:
         self.directions: Perturbation | None = None
         self.perturbation: Perturbation | None = None
         self.leaves: Leaves | None = None
+        self.frame: Frame | None = None
         self.beside = False
 
     def pick(self, *, norms_alone: bool = False) -> Selection:
@@ -107,6 +122,16 @@ class Session:
         """Take norms of these micro-batches alone, in every pass: the probe has no entries for others."""
         self.selected, self._restricted = selected, True
         self.probe = self.probe.new_zeros(len(selected), requires_grad=True)
+
+    def masked(self, values: Tensor) -> Tensor:
+        """``values [m]``, with 0 for micro-batches that are not selected."""
+        pick = self.pick(norms_alone=True)
+        return pick.put_segments(pick.take_segments(values))
+
+    def project(self, directions: int) -> None:
+        """Take products with so many directions too; must be said before anything is recorded."""
+        probe = self.probe.new_zeros(self.micro_batches.count, directions, requires_grad=True)
+        self.frame = Frame(probe, {})
 
     def for_probe(self, pick: Selection, squared: Tensor) -> Tensor:
         """Squared norms of the micro-batches picked as the gradient of the probe."""

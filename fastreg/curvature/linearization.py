@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.attach import buffers_kept, check_model
-from fastreg.chain import squared_norms
+from fastreg.chain import squared_norms, symbolic_gradients
 from fastreg.errors import FastregError
 from fastreg.graph_walk import refuse_offenders
 from fastreg.loss import Reduction, check_loss, first_tensor
@@ -186,8 +186,8 @@ class Linearization:
         return self._leaves if self._apart else self._parameters
 
     def _symbolic(self, root: Tensor, seed: Tensor | None) -> list[Tensor | None]:
-        with self._session.during(Phase.SYMBOLIC), torch.autocast(root.device.type, enabled=False):
-            return self._grad([root], self._leaves, [seed], create_graph=True)
+        with self._rerunning():
+            return list(symbolic_gradients(self._session, root, self._leaves, seed))
 
     def _derivative(
         self, gradients: Sequence[Tensor | None], by: Sequence[Tensor], vectors: Vectors
@@ -204,12 +204,9 @@ class Linearization:
         outputs: Sequence[Tensor],
         by: Sequence[Tensor],
         cotangents: Sequence[Tensor | None] = (None,),
-        create_graph: bool = False,
     ) -> Sequence[Tensor | None]:
         with self._rerunning():
-            return torch.autograd.grad(
-                outputs, by, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
-            )
+            return torch.autograd.grad(outputs, by, cotangents, retain_graph=True, allow_unused=True)
 
     @contextmanager
     def _rerunning(self) -> Iterator[None]:

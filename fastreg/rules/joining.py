@@ -67,10 +67,13 @@ class Deposit:
 
 
 class Root(Function):
-    """The identity on the probe; its backward adds the squared norms of parameters that were used several times."""
+    """The identity on the probe; its backward adds what is known of parameters that were used several times.
+
+    With a frame all parameters come this way, and their projections are the gradient of the frame's probe.
+    """
 
     @staticmethod
-    def forward(ctx, session: Session, probe: Tensor) -> Tensor:
+    def forward(ctx, session: Session, probe: Tensor, frame_probe: Tensor | None) -> Tensor:
         ctx.session = session
         ctx.set_materialize_grads(False)
         return probe.view_as(probe)
@@ -81,30 +84,47 @@ class Root(Function):
         for deposit in ctx.session.shared:
             by_parameter[deposit.lineage.key].append(deposit)
         ctx.session.shared.clear()
+        projected = None
         for key, deposits in by_parameter.items():
-            joined = _joined(ctx.session, deposits)
+            joined, along = _joined(ctx.session, deposits)
             ctx.session.add_norms(key, joined.detach())
-            squared = joined if squared is None else squared + joined
-        return None, squared
+            squared, projected = _plus(squared, joined), _plus(projected, along)
+        return None, squared, projected
 
 
-def _joined(session: Session, deposits: list[Deposit]) -> Tensor:
-    """Squared norms ``[m]`` of one parameter, by the cheaper of row form and dense form."""
+def _joined(session: Session, deposits: list[Deposit]) -> tuple[Tensor, Tensor | None]:
+    """Squared norms ``[m]`` of one parameter, by the cheaper of row form and dense form, and projections on the frame."""
     pick = session.pick(norms_alone=True)
     exact = torch.is_grad_enabled()
+    rows = tuple(t for deposit in deposits for t in (deposit.x, deposit.d))
+    if session.frame is not None:
+        vectors = session.frame.vectors.get(deposits[0].lineage.key)
+        return Join.apply(session, pick, deposits, exact, vectors, *rows)
     factors = [deposit.rows() for deposit in deposits]
     by_rows = session.phase is not Phase.DIRECTIONS and None not in factors
     if by_rows and prefers_rows(factors, pick.whole, deposits[0].derived.shape):
-        return RowJoin.apply(session, pick, exact, *(t for use in factors for t in (use.left, use.right)))
-    return Join.apply(session, pick, deposits, exact, *(t for deposit in deposits for t in (deposit.x, deposit.d)))
+        return RowJoin.apply(session, pick, exact, *(t for use in factors for t in (use.left, use.right))), None
+    return Join.apply(session, pick, deposits, exact, None, *rows)
 
 
 class Join(Function):
-    """Squared norms ``[m]`` of one parameter from its dense gradients ``[m, *shape]``, summed over uses."""
+    """Squared norms ``[m]`` of one parameter from its dense gradients ``[m, *shape]``, summed over uses.
+
+    Given ``vectors [r, *shape]``, their products with them too, ``[m, r]``.
+    """
 
     @staticmethod
-    def forward(ctx, session: Session, pick: Selection, deposits: list[Deposit], exact: bool, *rows: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        session: Session,
+        pick: Selection,
+        deposits: list[Deposit],
+        exact: bool,
+        vectors: Tensor | None,
+        *rows: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.pick = pick
+        ctx.set_materialize_grads(False)
         rows = tuple(pick.take(tensor) for tensor in rows)
         uses = list(zip(deposits, rows[::2], rows[1::2]))
         gradients = uses[0][0].gradients(*uses[0][1:], pick.kept)
@@ -113,23 +133,42 @@ class Join(Function):
         ctx.deposits = deposits
         if session.phase is Phase.DIRECTIONS:
             squared = session.directions.keep_joined(deposits[0].lineage, gradients)
-            return squared.to(session.probe.dtype)
+            return squared.to(session.probe.dtype), None
         if exact:
-            ctx.save_for_backward(gradients, *rows)
-        return session.for_probe(pick, sum_squares(gradients))
+            ctx.save_for_backward(gradients, vectors, *rows)
+        squared = session.for_probe(pick, sum_squares(gradients))
+        if vectors is None:
+            return squared, None
+        return squared, gradients.flatten(1).to(vectors.dtype) @ vectors.flatten(1).T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vsq: Tensor):
-        gradients, *rows = ctx.saved_tensors
-        pick, needs = ctx.pick, ctx.needs_input_grad[4:]
-        factors = 2 * pick.take_segments(vsq)
-        grads: list[Tensor | None] = [None] * 4
+    def backward(ctx, vsq: Tensor | None, along: Tensor | None):
+        gradients, vectors, *rows = ctx.saved_tensors
+        pick, needs = ctx.pick, ctx.needs_input_grad[5:]
+        factors = None if vsq is None else 2 * pick.take_segments(vsq)
+        if along is not None:
+            gradients, factors = _combined(gradients, factors, along, vectors), None
+        grads: list[Tensor | None] = [None] * 5
         for i, (deposit, x, d) in enumerate(zip(ctx.deposits, rows[::2], rows[1::2])):
             grad_x = grad_d = None
             if needs[2 * i] and not deposit.is_bias:
-                grad_x = pick.put(pick.kept.scale_(deposit.push(x, d, gradients, pick.kept), factors))
+                grad_x = deposit.push(x, d, gradients, pick.kept)
+                grad_x = pick.put(grad_x if factors is None else pick.kept.scale_(grad_x, factors))
             if needs[2 * i + 1]:
-                grad_d = pick.put(pick.kept.scaled(deposit.pull(x, d, gradients, pick.kept), factors))
+                grad_d = deposit.pull(x, d, gradients, pick.kept)
+                grad_d = pick.put(grad_d if factors is None else pick.kept.scaled(grad_d, factors))
             grads += [grad_x, grad_d]
         return tuple(grads)
+
+
+def _combined(gradients: Tensor, factors: Tensor | None, along: Tensor, vectors: Tensor) -> Tensor:
+    """``factors_k G_k + sum_j along_kj vectors_j``."""
+    combined = (along @ vectors.flatten(1)).view(gradients.shape).to(gradients.dtype)
+    if factors is None:
+        return combined
+    return combined.addcmul_(gradients, factors.to(gradients.dtype).view(-1, *(1,) * (gradients.dim() - 1)))
+
+
+def _plus(known: Tensor | None, term: Tensor | None) -> Tensor | None:
+    return term if known is None else known if term is None else known + term

@@ -32,7 +32,7 @@ class Tape:
 
     def __init__(self, session: Session, parameters: list[Tensor]) -> None:
         self.session = session
-        self.root = Root.apply(session, session.probe)
+        self.root = Root.apply(session, session.probe, None if session.frame is None else session.frame.probe)
         self.lineages = {id(p): (p, Lineage(p)) for p in parameters if p.requires_grad}
 
     @property

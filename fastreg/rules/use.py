@@ -61,8 +61,13 @@ class Use:
     bias: Lineage | None
 
     def alone(self, lineage: Lineage | None) -> bool:
-        """Whether this use alone makes up the parameter's gradient, so that its norm is the parameter's."""
-        return lineage is not None and lineage.isometric and self.session.uses[lineage.key] == 1
+        """Whether this use alone makes up the parameter's gradient, so that its norm is the parameter's.
+
+        What is projected on a frame is formed as one, at the root.
+        """
+        if lineage is None or not lineage.isometric or self.session.frame is not None:
+            return False
+        return self.session.uses[lineage.key] == 1
 
     @property
     def shared(self) -> bool:
