@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations, product
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ import fastreg
 import oracle
 from cases import BY_NAME, CASES, Case
 from fastreg.errors import FastregError, UnsupportedOperation
+from fastreg.noise.covariance import NoiseCovariance
+from fastreg.penalties.without_replacement import phi_2 as phi_2_of_library
 from penalty_oracle import MicroBatches, flat, gradient_with, jacobians, label_gradients, phi_2, regularized
 
 EXACT = 1e-10
@@ -453,3 +457,83 @@ def test_variances_are_not_perturbed(penalty: fastreg.Penalty) -> None:
     reg = fastreg.Regularizer(model, penalty, micro_batch_size=2, method="perturb")
     with pytest.raises(FastregError, match="method='exact'"):
         reg(lambda: MLP.loss_fn(model(x), y))
+
+
+# Identities between them
+
+
+def partitions(indices: list[int], size: int) -> list[list[list[int]]]:
+    """Every way to cut the indices into groups of a size."""
+    if not indices:
+        return [[]]
+    first, rest = indices[0], indices[1:]
+    found = []
+    for others in combinations(rest, size - 1):
+        left = [i for i in rest if i not in others]
+        found += [[[first, *others], *tail] for tail in partitions(left, size)]
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_over_all_partitions_the_gradient_norm_holds_the_noise_trace(size: int) -> None:
+    """E ||g_k||^2 = ||g||^2 + (B - b) / (B - 1) Gamma / b, Gamma from single samples by autograd."""
+    inputs, targets = MLP.batch(6)
+    with torch.enable_grad():
+        single = MicroBatches(MLP, MLP.model(), inputs, targets, 1)
+    gamma = (single.gradients - single.mean).square().sum(1).mean().detach()
+    found = []
+    for cut in partitions(list(range(6)), size):
+        order = [i for group in cut for i in group]
+        _, reg = regularized(MLP, (inputs[order], targets[order]), size, fastreg.GradNorm(1.0))
+        found.append(reg.metrics["fastreg/grad_norm"])
+    want = single.mean.square().sum().detach() + (6 - size) / 5 * gamma / size
+    torch.testing.assert_close(torch.stack(found).mean(), want, rtol=1e-10, atol=0.0)
+    noise = NoiseCovariance(MLP.model(), MLP.loss_fn, (inputs, targets)).trace()
+    torch.testing.assert_close(noise, gamma, rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize("penalty", ["noise trace", "unbiased"])
+def test_estimates_expect_what_they_say_over_draws_of_independent_samples(penalty: str) -> None:
+    """Data of three samples, batches of three independent draws, all 27; ragged micro-batches of 2 and 1."""
+    inputs, targets = MLP.batch(3)
+    single = MicroBatches(MLP, MLP.model(), inputs, targets, 1)
+    gamma = (single.gradients - single.mean).square().sum(1).mean()
+    want = (gamma if penalty == "noise trace" else single.mean.square().sum()).detach()
+    made = fastreg.NoiseTrace(1.0) if penalty == "noise trace" else fastreg.GradNorm(1.0, unbiased=True)
+    found = []
+    for drawn in product(range(3), repeat=3):
+        _, reg = regularized(MLP, (inputs[list(drawn)], targets[list(drawn)]), 2, made, check=False)
+        found.append(reg.metrics[f"fastreg/{made.name}"])
+    torch.testing.assert_close(torch.stack(found).mean(), want, rtol=1e-9, atol=0.0)
+
+
+def test_the_average_jacobian_sees_a_shift_of_all_logits_and_cross_entropy_does_not() -> None:
+    """A branch that adds the same number to every logit leaves gradient and curvature of the loss as they were."""
+    model, (x, y) = MLP.model(), MLP.batch(6)
+    shift = nn.Linear(5, 1, dtype=torch.float64)
+    outputs = model(x) + shift(x)
+    assert max(g.abs().max() for g in torch.autograd.grad(F.cross_entropy(outputs, y), shift.parameters())) < 1e-15
+    whole = nn.ModuleList([model, shift])
+    values = {}
+    for name, penalty in (("jacobian", fastreg.AverageJacobian(1.0)), ("loss", fastreg.GradNorm(1.0))):
+        for scale in (0.0, 1.0):
+            whole.forward = lambda x, scale=scale: model(x) + scale * shift(x)
+            reg = fastreg.Regularizer(whole, penalty, micro_batch_size=2, check=False)
+            out = whole(x)
+            reg(F.cross_entropy(out, y), out)
+            values[name, scale] = reg.metrics[f"fastreg/{penalty.name}"]
+            reg.remove()
+    torch.testing.assert_close(values["loss", 0.0], values["loss", 1.0], rtol=1e-12, atol=0.0)
+    assert values["jacobian", 1.0] > values["jacobian", 0.0] + 1
+
+
+def test_where_noise_is_like_curvature_the_weighted_trace_is_concave_in_every_eigenvalue() -> None:
+    """lambda S(eta K lambda): slope 1/2 at 0, rising, concave, limit 1 / (eta K); S by quadrature."""
+    rate, values = 0.3, torch.linspace(0.0, 400.0, 4001, dtype=torch.float64)
+    found = values * phi_2_of_library(-rate * values)
+    first, second = found.diff(), found.diff().diff()
+    assert bool((first > 0).all()) and bool((second < 1e-12).all())
+    assert float(first[0] / 0.1) == pytest.approx(0.5, rel=0.02)
+    assert float(found[-1]) == pytest.approx(1 / rate, rel=0.01)
+    small = torch.linspace(-30.0, 30.0, 601, dtype=torch.float64)
+    torch.testing.assert_close(phi_2_of_library(small), phi_2(small), rtol=1e-12, atol=0.0)

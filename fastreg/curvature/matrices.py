@@ -71,7 +71,7 @@ class ModelOperator(CurvatureOperator):
 
     def apply(self, rows: Tensor) -> Tensor:
         # A loader that shuffles must draw the same order every time: dropout and sampled labels go by place in it.
-        with _seeded(self.seed, self.device):
+        with seeded(self.seed, self.device):
             if self._keeps:
                 ((inputs, targets),) = self._batches
                 return self._products(rows, self._recorded(0, inputs, targets)[1])
@@ -100,7 +100,7 @@ class ModelOperator(CurvatureOperator):
             return self._kept[1:]
         # A model may have been given others since, which these vectors are not about.
         named_parameters(self.model, self.parameters.values())
-        with _seeded(self.seed + number, self.device):
+        with seeded(self.seed + number, self.device):
             linear = Linearization(self.model, self.parameters, inputs)
         product = self.product(linear, targets, number)
         if self._keeps:
@@ -184,7 +184,7 @@ class Fisher(ModelOperator):
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers of their own inside the block."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastreg.attach import buffers_kept
 from fastreg.curvature.linearization import Linearization
-from fastreg.curvature.matrices import ModelOperator, _seeded
+from fastreg.curvature.matrices import ModelOperator, seeded
 from fastreg.curvature.products import Product, fisher_product
 from fastreg.errors import FastregError
 from fastreg.loss import first_tensor
@@ -120,10 +120,10 @@ class SecondMoment(ModelOperator):
     def _visited(self, first: int = 0) -> Iterator[tuple[object, Tensor]]:
         """Every batch from ``first`` on, under the random numbers that products run the model with."""
         _refuse_coupled(self.model)
-        with _seeded(self.seed, self.device):
+        with seeded(self.seed, self.device):
             for number, batch in enumerate(self._shown()):
                 if number >= first:
-                    with _seeded(self.seed + number, self.device), buffers_kept(self.model):
+                    with seeded(self.seed + number, self.device), buffers_kept(self.model):
                         yield batch
 
 
