@@ -122,6 +122,16 @@ def test_one_micro_batch_tells_nothing_and_one_warning(size: int | None) -> None
     assert_same_metrics(two_batches(model, case, monitor), want)
 
 
+def test_norms_alone_need_no_second_micro_batch() -> None:
+    case = BY_NAME["mlp_relu"]
+    model = case.model()
+    monitor = Monitor(model, ("grad_norm",), micro_batch_size=None)
+    train(model, case, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert monitor.step()["fastreg/grad_norm"] > 0
+
+
 def test_what_is_not_finite_does_not_count() -> None:
     case = BY_NAME["mlp_relu"]
     model, plain = case.model(), case.model()

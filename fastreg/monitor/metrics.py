@@ -39,6 +39,7 @@ class Metric:
         aligned: whether it has an entry for every micro-batch, so that all must be measured.
         samples: whether micro-batches must be single samples.
         fisher: whether it needs labels drawn from the model.
+        noise: whether it needs two micro-batches a step, to tell noise from signal.
     """
 
     value: Callable[[Measured], Tensor]
@@ -47,13 +48,17 @@ class Metric:
     aligned: bool = False
     samples: bool = False
     fisher: bool = False
+    noise: bool = False
 
 
 METRICS = {
     "grad_noise_scale": Metric(
-        lambda m: m.trace / m.signal, "tr S / ||G||^2, samples: a batch of this size averages half the noise out", True
+        lambda m: m.trace / m.signal,
+        "tr S / ||G||^2, samples: a batch of this size averages half the noise out",
+        layered=True,
+        noise=True,
     ),
-    "noise_trace": Metric(lambda m: m.trace, "tr S, the trace of the per-sample gradient covariance", True),
+    "noise_trace": Metric(lambda m: m.trace, "tr S, the trace of the per-sample gradient covariance", True, noise=True),
     "grad_norm": Metric(lambda m: m.big.sqrt(), "||g||, norm of the batch's mean gradient", True),
     "micro_batch_grad_norm": Metric(
         lambda m: m.small.sqrt(), "root mean square over micro-batches of ||g_k||", True

@@ -105,7 +105,8 @@ class Monitor:
                 self._source.trace_fisher()
         self._layers = Layers(model, self._source.parameters) if per_layer else None
         self._average = Average(ema)
-        self._steps, self._warned = 0, False
+        self._steps = 0
+        self._warns = any(METRICS[name].noise for name in metrics)
 
     def step(
         self, *, scale: float | Tensor = 1.0, reduction: str = "mean", counts: Tensor | None = None
@@ -164,8 +165,8 @@ class Monitor:
         big = self._by_layer(squared_gradients(self._source.parameters, squared))
         big = big * (means.mean_gradient(described) / multiplied) ** 2
         sizes = means.sizes(described)
-        if sizes.one and not self._warned:
-            self._warned = True
+        if sizes.one and self._warns:
+            self._warns = False
             warnings.warn(
                 "Monitor: one micro-batch a step tells no noise from signal: noise metrics are NaN (choose a smaller "
                 "micro_batch_size, accumulate, or train on several ranks)",
