@@ -19,56 +19,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.curvature import Hessian, batch_sharpness, sharpness_margin
+from fastreg.curvature import Hessian
 from fastreg.errors import FastregError
 from fastreg.models import mlp
-from fastreg.recipes.data import Split, digits
 from fastreg.optional import require
+from fastreg.recipes.data import digits
+from fastreg.recipes.papers.sharpness import TOLERANCE, Point, drawn, half_squared, measure, prepare
 
 WIDTH = 64
-# Batches over which a batch sharpness is averaged: its standard error is then near 2%.
-DRAWN = 128
-# 1% of the sharpness is finer than the plot shows.
-TOLERANCE = 0.01
 FILE = Path("docs/edge_of_stability.png")
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is measured at one step."""
-
-    step: int
-    loss: float
-    sharpness: float
-    batch_sharpness: float
-
-
-def prepare(split: Split) -> tuple[Tensor, Tensor]:
-    """Centred pixels, twice as large, ``[N, 64]``, and one-hot targets, ``[N, 10]``.
-
-    With the mean image left in, all samples share one sharp direction, and their batches differ less.
-    """
-    pixels = split.inputs.flatten(1)
-    return 2 * (pixels - pixels.mean(0)), F.one_hot(split.targets, 10).float()
-
-
-def half_squared(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``1/2 ||f(x) - y||^2``, a mean over samples."""
-    return (outputs - targets).square().sum(1).mean() / 2
-
-
-def drawn(data: tuple[Tensor, Tensor], count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """``count`` samples, with replacement."""
-    index = torch.randint(len(data[0]), (count,), generator=generator)
-    return data[0][index], data[1][index]
 
 
 def train(
@@ -92,23 +57,6 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     return found
-
-
-def measure(
-    hessian: Hessian,
-    data: tuple[Tensor, Tensor],
-    batch: int | None,
-    rate: float,
-    step: int,
-    generator: torch.Generator,
-) -> Point:
-    """The largest eigenvalue over all data, and the batch sharpness over fresh batches of the run's size."""
-    with torch.no_grad():
-        loss = half_squared(hessian.model(data[0]), data[1]).item()
-    top = sharpness_margin(hessian, rate, tol=TOLERANCE, generator=generator).sharpness.item()
-    size = batch or len(data[0])
-    batches = data if batch is None else drawn(data, DRAWN * batch, generator)
-    return Point(step, loss, top, batch_sharpness(hessian.model, half_squared, batches, size).item())
 
 
 def settled(found: Sequence[Point], rate: float) -> tuple[float, float]:

@@ -32,6 +32,9 @@ COMMANDS = {
         "small-batch, large-batch and regularized large-batch SGD compared on real data",
         "fastreg train --help",
     ),
+    "recipe": Command(
+        "fastreg.recipes.recipe_cli", "make a paper's claim again at small scale", "fastreg recipe plateau --quick"
+    ),
     "bench": Command(
         "fastreg.benchmark.cli", "time a training step against its peers", "fastreg bench --model mlp"
     ),

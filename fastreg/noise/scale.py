@@ -37,7 +37,7 @@ def noise_scale(covariance: NoiseCovariance) -> NoiseScale:
     Raises:
         FastregError: as :class:`fastreg.noise.covariance.NoiseCovariance`.
 
-    Source: McCandlish, Kaplan, Amodei et al. 2018, arXiv:1812.06162, section 2.2.
+    Source: McCandlish, Kaplan, Amodei et al. 2018, arXiv:1812.06162.
 
     Example:
         >>> import torch

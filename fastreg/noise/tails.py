@@ -63,7 +63,7 @@ def kesten_index(lr_times_a: float, batch_size: int) -> float:
 
         E |1 - (lr a / S) chi2_S|^beta = 1
 
-    (Kesten 1973; Goldie 1991, theorem 4.1). It exists and is unique when ``E log |M| < 0``, which is when a stationary
+    (Kesten 1973; Goldie 1991). It exists and is unique when ``E log |M| < 0``, which is when a stationary
     distribution exists: ``log E |M|^beta`` is convex, zero at 0, of slope ``E log |M|`` there and without bound. As lr
     goes to 0, ``index lr a / S -> z / 2 = 1.796`` with ``z (log z - 1) = 1`` (derived here); it is 2 exactly at
     ``lr a = 2 S / (S + 2)``, where the variance starts to diverge. No variance of the label noise enters.

@@ -30,7 +30,7 @@ class Recipe:
         paper: authors, year and arXiv number.
         claim: what the paper says, in one sentence.
         config: frozen dataclass whose fields (int, float, str, bool, tuples of them) are the options of the command
-            line; its defaults end within minutes on two cores.
+            line, with ``help`` and perhaps ``choices`` as their metadata; its defaults end within minutes on two cores.
         quick: the same experiment in seconds, coarser.
         steps: how many units of progress a configuration makes.
         run: makes the result: numbers, strings, lists and dicts, as JSON holds them.
