@@ -1,6 +1,7 @@
 """The benchmark measures what it says: it refuses wrong methods, and its own references are right."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -12,17 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastreg
 from fastreg import kernels
-from fastreg.benchmark import cli, curvature, flops, machine, measure, memory, report
+from fastreg.benchmark import cli, curvature, flops, machine, measure, memory, penalties, report
 from fastreg.benchmark.gate import TOLERANCE, Reference, gradient, relative_error, run_and_compare
 from fastreg.benchmark.methods import METHODS, Method, Product, default_methods
 from fastreg.benchmark.peers import Step, double_backward, plain, sequential
+from fastreg.benchmark.penalties import LR
 from fastreg.benchmark.presets import PRESETS, Preset, Problem
 from fastreg.benchmark.run import Settings, measure_cell
 from fastreg.benchmark.sam import RHO
 from fastreg.cli import main
 from fastreg.errors import FastregError
 from fastreg.models import GPT, GPTConfig, mlp, small_resnet
+from penalty_oracle import phi_2
 
 QUICK = Settings(rounds=2, warm_up=1, peak_memory=False)
 EAGER = [
@@ -128,21 +132,149 @@ def test_reference_gradients_match_difference_quotients() -> None:
 
     flat = torch.cat([v.flatten() for v in direction])
     for targets, found in (
-        (problem.targets, reference.grad_norm_gradient),
-        (labels, reference.fisher_gradient(labels)),
+        (problem.targets, reference.penalty_gradient("grad_norm")),
+        (labels, reference.penalty_gradient("fisher", labels)),
     ):
         assert float(found @ flat) == pytest.approx(slope(targets), rel=1e-6)
 
 
+class Dense:
+    """Rows ``g_k`` and Jacobians of a tiny problem as functions of a flat weight vector, by ``torch.func``."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.named = problem, dict(problem.model.named_parameters())
+        self.w = torch.nn.utils.parameters_to_vector(self.named.values()).detach()
+
+    def outputs(self, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        sizes = [p.numel() for p in self.named.values()]
+        parts = {n: part.view_as(p) for part, (n, p) in zip(w.split(sizes), self.named.items(), strict=True)}
+        return torch.func.functional_call(self.problem.model, parts, (x,))
+
+    def rows(self, w: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        chunks = zip(self.problem.inputs.chunk(self.problem.micro_batches), targets.chunk(self.problem.micro_batches))
+        of_chunk = torch.func.grad(lambda w, x, y: F.cross_entropy(self.outputs(w, x), y))
+        return torch.stack([of_chunk(w, x, y) for x, y in chunks])
+
+    def jacobians(self, w: torch.Tensor) -> torch.Tensor:
+        """Of the mean outputs of each micro-batch, ``[m, C, P]``."""
+        chunks = self.problem.inputs.chunk(self.problem.micro_batches)
+        return torch.stack([torch.func.jacrev(lambda w: self.outputs(w, x).mean(0))(w) for x in chunks])
+
+    def sample_jacobians(self, w: torch.Tensor) -> torch.Tensor:
+        """``[B, C, P]``."""
+        return torch.func.jacrev(lambda w: self.outputs(w, self.problem.inputs))(w)
+
+    def deviations(self, w: torch.Tensor) -> torch.Tensor:
+        rows = self.rows(w, self.problem.targets)
+        return rows - rows.mean(0)
+
+
+def _value(dense: Dense, kind: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor | None]:
+    """R as a function of the weights, and what it takes as drawn."""
+    m, b = dense.problem.micro_batches, dense.problem.micro_batch_size
+    labels, u = torch.randint(4, (m * b,)), torch.randn(m, 4, dtype=torch.float64)
+    if kind in ("variance", "noise_trace"):
+        factor = 1 / m if kind == "variance" else b / (m - 1)
+        return lambda w: factor * dense.deviations(w).square().sum(), None
+    if kind == "average_jacobian":
+        return lambda w: dense.jacobians(w).sum(1).square().sum() / m, None
+    if kind == "unit_jacobian":
+        return lambda w: torch.einsum("kc,kcp->kp", u, dense.jacobians(w)).square().sum() / m, u
+    if kind == "fisher_frozen":
+        residual = dense.outputs(dense.w, dense.problem.inputs).softmax(1).detach() - F.one_hot(labels, 4)
+        samples = lambda w: torch.einsum("ic,icp->ip", residual, dense.sample_jacobians(w))  # noqa: E731
+        return lambda w: samples(w).unflatten(0, (m, b)).mean(1).square().sum() / m, labels
+    whole = torch.func.hessian(lambda w: F.cross_entropy(dense.outputs(w, dense.problem.inputs), dense.problem.targets))
+    values, vectors = torch.linalg.eigh(whole(dense.w))
+    weights = 2 * phi_2(-LR * m * values)
+    return lambda w: (dense.deviations(w) @ vectors).square() @ weights @ torch.full((m,), 1 / m).double(), vectors.T
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["variance", "noise_trace", "average_jacobian", "unit_jacobian", "fisher_frozen", "without_replacement"],
+)
+def test_reference_penalty_gradients_are_those_of_dense_values(kind: str) -> None:
+    torch.manual_seed(0)
+    dense = Dense(TINY["mlp"].problem(2, dtype=torch.float64))
+    value, drawn = _value(dense, kind)
+    found = Reference(dense.problem).penalty_gradient(kind, drawn)
+    assert relative_error(found, torch.func.grad(value)(dense.w)) < 1e-10
+
+
+def test_reference_of_the_true_fisher_gradient_expects_that_of_the_trace() -> None:
+    draw = lambda batch, generator: (torch.randn(batch, 3, generator=generator), torch.ones(batch).long())  # noqa: E731
+    preset = Preset("two", "two classes", lambda: mlp((3, 3, 2), "tanh"), draw, batch=4)
+    dense = Dense(preset.problem(2, dtype=torch.float64))
+    reference, p = Reference(dense.problem), dense.outputs(dense.w, dense.problem.inputs).softmax(1).detach()
+    expected = {"fisher": 0.0, "fisher_true": 0.0}
+    for labels in itertools.product(range(2), repeat=4):
+        chosen = torch.tensor(labels)
+        for kind in expected:
+            expected[kind] += p[range(4), chosen].prod() * reference.penalty_gradient(kind, chosen)
+
+    def trace_over_b(w: torch.Tensor) -> torch.Tensor:
+        log_p = dense.outputs(w, dense.problem.inputs).log_softmax(1)
+        rows = torch.func.jacrev(lambda w: dense.outputs(w, dense.problem.inputs).log_softmax(1))(w)
+        return (log_p.exp() * rows.square().sum(2)).sum() / 4 / 2
+
+    trace = torch.func.grad(trace_over_b)(dense.w)
+    assert relative_error(expected["fisher_true"], trace) < 1e-10
+    assert relative_error(expected["fisher"], trace) > 0.01
+
+
+@pytest.mark.parametrize("refresh", [1, 1000])
+def test_ritz_vectors_are_kept_for_as_many_runs_as_said(refresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalties, "REFRESH", refresh)
+    problem = TINY["mlp"].problem(2)
+    step = METHODS["without_replacement"].prepare(problem)
+    step.run()
+    before = step.drawn().clone()
+    with torch.no_grad():
+        next(problem.model.parameters()).mul_(1.5)
+    step.run()
+    assert torch.equal(step.drawn(), before) == (refresh == 1000)
+
+
+def test_every_penalty_of_the_library_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[type] = set()
+
+    class Noted(fastreg.Regularizer):
+        def __init__(self, model: torch.nn.Module, penalty: fastreg.Penalty, **options: object) -> None:
+            seen.add(type(penalty))
+            super().__init__(model, penalty, **options)
+
+    monkeypatch.setattr(fastreg, "Regularizer", Noted)
+    for name in default_methods("penalties"):
+        METHODS[name].prepare(TINY["mlp"].problem(2))
+    public = [getattr(fastreg.penalties, name) for name in fastreg.penalties.__all__]
+    assert seen == {kind for kind in public if issubclass(kind, fastreg.Penalty)} - {fastreg.Penalty}
+
+
+def test_operations_of_a_variance_are_those_of_the_norms_and_of_three_layer_products() -> None:
+    def count(name: str) -> int:
+        step = METHODS[name].prepare(TINY["mlp"].problem(2))
+        # The first run also checks the graph.
+        step.run()
+        return flops.count(step.run)
+
+    assert count("variance") == count("noise_trace") == count("exact") + count("plain")
+    # A double backward of the batch costs what those of its micro-batches do, all together.
+    assert count("sequential_variance") == 2 * count("sequential")
+    assert count("sequential_centred") == count("sequential") + count("plain")
+
+
+def test_variance_of_a_single_micro_batch_is_refused() -> None:
+    _, *refused = measure_cell(TINY["mlp"], 1, ["variance", "without_replacement", "sequential_variance"], QUICK)
+    for row in refused:
+        assert row.status == "failed"
+        assert row.message.startswith("FastregError: bench: m must be at least 2 for a variance, got 1")
+
+
 def test_reference_products_are_those_of_dense_matrices() -> None:
     problem = TINY["mlp"].problem(2, dtype=torch.float64)
-    named = dict(problem.model.named_parameters())
-    w = torch.nn.utils.parameters_to_vector(named.values()).detach()
-    sizes = [p.numel() for p in named.values()]
-
-    def outputs(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        parts = {n: part.view_as(p) for part, (n, p) in zip(w.split(sizes), named.items(), strict=True)}
-        return torch.func.functional_call(problem.model, parts, (x,))
+    dense = Dense(problem)
+    w, outputs, sizes = dense.w, dense.outputs, [p.numel() for p in dense.named.values()]
 
     def hessian(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.autograd.functional.hessian(lambda w: F.cross_entropy(outputs(w, x), y), w)
@@ -200,6 +332,16 @@ def _turned(prepare: Callable[[Problem], Step]) -> Callable[[Problem], Step]:
     return turned
 
 
+def _redrawn(name: str) -> Callable[[Problem], Step]:
+    """A method that says to have drawn something else."""
+
+    def prepare(problem: Problem) -> Step:
+        step = METHODS[name].prepare(problem)
+        return dataclasses.replace(step, drawn=lambda: step.drawn().flip(-1))
+
+    return prepare
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -211,6 +353,12 @@ def _turned(prepare: Callable[[Problem], Step]) -> Callable[[Problem], Step]:
         Method("wrong", "sam", "a perturbation for each", METHODS["m_sam"].prepare),
         Method("wrong", "sam", "no perturbation", plain),
         Method("wrong", "sample_norms", "right gradient, wrong norms", _wrong_norms),
+        Method("wrong", "variance", "mean square for variance", METHODS["exact"].prepare),
+        Method("wrong", "noise_trace", "of micro-batches for of samples", METHODS["variance"].prepare),
+        Method("wrong", "fisher_true", "labels are constants", METHODS["fisher"].prepare),
+        Method("wrong", "fisher_frozen", "residuals move", METHODS["fisher"].prepare),
+        Method("wrong", "unit_jacobian", "other directions", _redrawn("unit_jacobian")),
+        Method("wrong", "without_replacement", "other Ritz vectors", _redrawn("without_replacement")),
         Method("wrong", "hvp", "Gauss-Newton for Hessian", METHODS["ggn"].prepare),
         Method("wrong", "ggn", "Hessian for Gauss-Newton", METHODS["hvp"].prepare),
         Method("wrong", "hvp_micro", "vectors go to other micro-batches", _turned(METHODS["hvp_micro"].prepare)),

@@ -9,7 +9,17 @@ import torch
 from fastreg.errors import FastregError
 from fastreg.recipes import sweep as sweep_module
 from fastreg.recipes.data import Dataset, Split
-from fastreg.recipes.methods import GRAD_NORM, LARGE_BATCH, SMALL_BATCH, TITLES, Method, matched
+from fastreg.recipes.methods import (
+    DEFAULT_METHODS,
+    GRAD_NORM,
+    KINDS,
+    LARGE_BATCH,
+    NORMALIZED,
+    SMALL_BATCH,
+    UNIT_JACOBIAN,
+    Method,
+    matched,
+)
 from fastreg.recipes.report import paired_difference, summarise, verdict
 from fastreg.recipes.settings import MODELS, default_settings
 from fastreg.recipes.sweep import candidates, sweep, sweep_table
@@ -101,10 +111,13 @@ def test_verdict_says_what_came_out(
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_model_classifies_its_data(name: str) -> None:
     recipe = MODELS[name]
-    shape = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}[recipe.data]
+    shape = (1, 8, 8) if recipe.data == "digits" else (3, 32, 32)
+    classes = 100 if recipe.data == "cifar100" else 10
     with torch.no_grad():
-        assert recipe.build()(torch.randn(2, *shape)).shape == (2, 10)
-    assert {method.name for method in recipe.methods} == set(TITLES)
+        assert recipe.build()(torch.randn(2, *shape)).shape == (2, classes)
+    names = [method.name for method in recipe.methods]
+    assert names[:4] == list(DEFAULT_METHODS) and set(names) <= set(KINDS)
+    assert len(names) == (5 if name == "vgg11" else len(KINDS))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,8 @@ def test_settings_refuse(changes: dict[str, object], expected: str) -> None:
         ((LARGE_BATCH, math.nan), "lr of large_batch must be positive"),
         ((LARGE_BATCH, 0.1, 0.1), "weight of large_batch must be 0"),
         ((GRAD_NORM, 0.1), "weight of grad_norm must be positive"),
+        ((UNIT_JACOBIAN, 0.1), "weight of unit_jacobian must be positive"),
+        ((NORMALIZED, 0.1, 0.1), "weight of normalized must be 0"),
     ],
 )
 def test_methods_refuse(values: tuple[object, ...], expected: str) -> None:
@@ -147,3 +162,6 @@ def test_matched_methods_share_the_small_batch_rate_and_follow_the_rule() -> Non
     assert [method.rule_ratio for method in methods] == [0, 0, 1, 1]
     with pytest.raises(FastregError, match="methods must contain small_batch"):
         matched(METHODS[1:])
+    for method in (Method(UNIT_JACOBIAN, 0.1, 0.1), Method(NORMALIZED, 0.1)):
+        with pytest.raises(FastregError, match=rf"matched: methods must be among .*, got \['{method.name}'\]"):
+            matched((*METHODS, method))

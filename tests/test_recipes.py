@@ -18,7 +18,7 @@ from fastreg.recipes.progress import Progress
 from fastreg.recipes.report import Results, summarise, table
 from fastreg.recipes.settings import MODELS, Settings
 from fastreg.recipes.training import Run, Score, evaluate
-from recipe_cases import METHODS, small_digits, tiny
+from recipe_cases import METHODS, NOVACK_METHODS, small_digits, tiny
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def without_seconds(results: Results) -> Results:
     ]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", (*METHODS, *NOVACK_METHODS), ids=lambda method: method.name)
 def test_run_resumes_bit_identically_after_any_epoch(
     method: Method, data: Dataset, tmp_path: Path
 ) -> None:
@@ -144,8 +144,9 @@ def test_accumulated_step_equals_the_unsplit_one(method: Method, data: Dataset) 
     assert (whole - split).norm() < 1e-4 * whole.norm()
 
 
+@pytest.mark.parametrize("method", (METHODS[1], *NOVACK_METHODS[-2:]), ids=lambda method: method.name)
 def test_plain_large_batch_step_normalises_micro_batches_as_the_penalised_one(
-    monkeypatch: pytest.MonkeyPatch, data: Dataset
+    method: Method, monkeypatch: pytest.MonkeyPatch, data: Dataset
 ) -> None:
     sizes: list[int] = []
 
@@ -160,7 +161,8 @@ def test_plain_large_batch_step_normalises_micro_batches_as_the_penalised_one(
         build=lambda: nn.Sequential(Recorder(1), nn.Flatten(), nn.Linear(64, 10)),
     )
     monkeypatch.setitem(MODELS, "mlp", recipe)
-    run = Run(tiny(), METHODS[1], 0, data)
+    run = Run(tiny(), method, 0, data)
+    sizes.clear()
     run._pass()
     assert sizes == [16] * 8
 

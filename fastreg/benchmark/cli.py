@@ -30,6 +30,7 @@ EPILOG = "\n".join(
         "  fastreg bench --model gpt --m 8 --methods exact sequential --json gpt.json",
         "  fastreg bench --model mlp2048 --m 16 --suite sam",
         "  fastreg bench --model gpt --m 8 --suite curvature",
+        "  fastreg bench --model mlp --m 8 --suite penalties",
     ]
 )
 
@@ -55,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--m", type=_positive, nargs="+", default=[8, 32], metavar="M",
         help="micro-batches of a batch, at most one per sample (default: 8 32)")
     add("--suite", choices=get_args(Suite), default="penalty",
-        help="what to compare: penalties on gradients, monitoring, sharpness-aware minimisation, or products with "
-        "curvature matrices (default: penalty)")
+        help="what to compare: the gradient-norm penalty with its peers, every penalty of the library, monitoring, "
+        "sharpness-aware minimisation, or products with curvature matrices (default: penalty)")
     add("--methods", nargs="+", choices=[*METHODS], metavar="METHOD", help="default: those of the suite")
     add("--rounds", type=_positive, default=11, metavar="N", help="timed rounds (default: 11)")
     add("--threads", type=_positive, default=os.cpu_count(), metavar="N",

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastreg.benchmark import curvature
-from fastreg.benchmark.methods import Method, Product
-from fastreg.benchmark.peers import Step, double_backward, plain
+from fastreg.benchmark.methods import Method, Penalized, Product
+from fastreg.benchmark.peers import Step, plain
+from fastreg.benchmark.penalty_gradients import GRADIENTS
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
 from fastreg.benchmark.sam import RHO
 
@@ -41,6 +42,7 @@ class Reference:
     def __init__(self, problem: Problem) -> None:
         self.problem = dataclasses.replace(problem, weight=1.0)
         self._products: dict[Product, torch.Tensor] = {}
+        self._penalties: dict[Penalized, torch.Tensor] = {}
 
     @functools.cached_property
     def loss_gradient(self) -> torch.Tensor:
@@ -48,21 +50,13 @@ class Reference:
         plain(self.problem).run()
         return gradient(self.problem)
 
-    @functools.cached_property
-    def grad_norm_gradient(self) -> torch.Tensor:
-        """Gradient of the gradient-norm penalty R at weight one, ``[P]``."""
-        return self._penalty_gradient(None)
-
-    def fisher_gradient(self, labels: torch.Tensor) -> torch.Tensor:
-        """Gradient of the Fisher-trace penalty at weight one for these labels, ``[P]``."""
-        chunks = iter(labels.chunk(self.problem.micro_batches))
-        return self._penalty_gradient(lambda outputs: next(chunks))
-
-    def _penalty_gradient(
-        self, labels_of: Callable[[torch.Tensor], torch.Tensor] | None
-    ) -> torch.Tensor:
-        double_backward(self.problem, labels_of)
-        return gradient(self.problem) - self.loss_gradient
+    def penalty_gradient(self, kind: Penalized, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """Gradient of the penalty R at weight one, ``[P]``, for what a step drew if R depends on it."""
+        if drawn is not None:
+            return GRADIENTS[kind](self.problem, drawn)
+        if kind not in self._penalties:
+            self._penalties[kind] = GRADIENTS[kind](self.problem, None)
+        return self._penalties[kind]
 
     @functools.cached_property
     def sam_gradient(self) -> torch.Tensor:
@@ -104,7 +98,7 @@ class Reference:
             return curvature.micro_batch_products(problem, list(many.values()))
         if kind == "hvp_micro_grad":
             # The gradient of mean_k ||g_k||^2 is 2 mean_k H_k g_k.
-            return [self.grad_norm_gradient / 2]
+            return [self.penalty_gradient("grad_norm") / 2]
         if kind == "hvp_several":
             several = zip(*curvature.vectors(problem, curvature.SEVERAL).values(), strict=True)
             found = [curvature.hessian_product(problem, batch, v) for v in several]
@@ -139,7 +133,7 @@ class Reference:
 
         A smaller one would hide the penalty's error in the rounding of the loss's gradient.
         """
-        return float(self.loss_gradient.norm() / self.grad_norm_gradient.norm())
+        return float(self.loss_gradient.norm() / self.penalty_gradient("grad_norm").norm())
 
     def error(self, method: Method, problem: Problem, step: Step) -> float:
         """Relative error of what the last run of ``step`` left behind.
@@ -157,10 +151,7 @@ class Reference:
         if method.computes in ("sam", "m_sam"):
             expected = self.sam_gradient if method.computes == "sam" else self.m_sam_gradient
             return relative_error(found - self.loss_gradient, expected - self.loss_gradient)
-        if method.computes == "grad_norm":
-            expected = self.grad_norm_gradient
-        else:
-            expected = self.fisher_gradient(step.labels())
+        expected = self.penalty_gradient(method.computes, step.drawn() if step.drawn else None)
         return relative_error((found - self.loss_gradient) / problem.weight, expected)
 
 

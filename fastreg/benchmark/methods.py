@@ -1,22 +1,23 @@
 """The methods that ``fastreg bench`` can measure: ours here, the others from :mod:`peers`."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
-import torch
-
-import fastreg
-from fastreg.benchmark import curvature, peers, sam
-from fastreg.benchmark.peers import Step, plain
-from fastreg.benchmark.presets import Problem, mean_cross_entropy
-from fastreg.stats import RidingNorms
+from fastreg.benchmark import curvature, monitoring, peers, penalties, sam
+from fastreg.benchmark.peers import Step
+from fastreg.benchmark.presets import Problem
 
 Product = Literal["hvp", "hvp_several", "hvp_micro", "hvp_micro_grad", "ggn"]
-Quantity = Literal["loss", "grad_norm", "fisher", "sample_norms", "sam", "m_sam", Product]
-Suite = Literal["penalty", "monitor", "sam", "curvature"]
+Fisher = Literal["fisher", "fisher_frozen", "fisher_true"]
+Jacobian = Literal["average_jacobian", "unit_jacobian"]
+Penalized = Literal["grad_norm", "variance", "noise_trace", "without_replacement", Fisher, Jacobian]
+Quantity = Literal["loss", "sample_norms", "sam", "m_sam", Penalized, Product]
+Suite = Literal["penalty", "penalties", "monitor", "sam", "curvature"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,17 +26,16 @@ class Method:
 
     Attributes:
         name: what ``--methods`` calls it.
-        computes: whose gradient it leaves in ``.grad``: that of the loss, or of loss + weight * R
-            with R the squared gradient norm or the Fisher trace; ``"sample_norms"`` is the
-            gradient of the loss and every sample's squared gradient norm; ``"sam"`` and ``"m_sam"``
-            are the gradient at weights perturbed along that of the batch, or of each micro-batch.
-            A :data:`Product` is formed instead of a gradient: with the Hessian, one vector or several;
+        computes: whose gradient it leaves in ``.grad``: that of the loss, or of loss + weight * R with R the
+            :data:`Penalized`; ``"sample_norms"`` is the gradient of the loss and every sample's squared gradient
+            norm; ``"sam"`` and ``"m_sam"`` are the gradient at weights perturbed along that of the batch, or of each
+            micro-batch. A :data:`Product` is formed instead of a gradient: with the Hessian, one vector or several;
             the mean over micro-batches of those of their Hessians with a vector each, or with their
             gradients; with the Gauss-Newton matrix, which is the exact Fisher matrix here.
         about: one line for ``--help`` and the report.
         prepare: makes the step of a problem; the problem's model is the step's own.
         by_default: measured when ``--methods`` is not given.
-        suite: the ``--suite`` that this is one of.
+        suites: every ``--suite`` that this is one of.
         compiled: whether it runs under ``torch.compile``, below what counts its operations.
         package: what must be installed for it, beyond what fastreg needs.
         products: how many a run gives, to which its time is also referred.
@@ -48,7 +48,7 @@ class Method:
     about: str
     prepare: Callable[[Problem], Step]
     by_default: bool = True
-    suite: Suite = "penalty"
+    suites: tuple[Suite, ...] = ("penalty",)
     compiled: bool = False
     package: str | None = None
     products: int = 1
@@ -60,75 +60,72 @@ class Method:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
 
-def plain_norms(problem: Problem) -> Step:
-    """The plain step with per-sample squared gradient norms riding on its backward."""
-    model = problem.model
-    norms = RidingNorms(model, micro_batch_size=1)
-    step = plain(problem)
-    found: list[torch.Tensor] = []
-
-    def run() -> None:
-        step.run()
-        found[:] = [norms.read()]
-
-    return Step(model, run, sq_norms=lambda: found[0])
-
-
-def monitored(problem: Problem, **options: object) -> Step:
-    """The plain step with :class:`fastreg.Monitor` beside it."""
-    model = problem.model
-    monitor = fastreg.Monitor(model, **options)
-    step = plain(problem)
-
-    def run() -> None:
-        step.run()
-        monitor.step()
-
-    return Step(model, run, sq_norms=lambda: monitor.metrics["fastreg/sample_norms"].square())
+def _penalty() -> Iterator[Method]:
+    """The methods of the suite ``"penalty"``, the plain step among them."""
+    named = partial(Method, by_default=False)
+    both = partial(Method, suites=("penalty", "penalties"))
+    yield Method("plain", "loss", "forward, loss, backward", peers.plain)
+    about = "plain, and fastreg.stats.RidingNorms for every sample"
+    yield Method("plain_norms", "sample_norms", about, monitoring.plain_norms)
+    yield both("exact", "grad_norm", "fastreg.GradNorm", penalties.exact)
+    yield both("fisher", "fisher", "fastreg.FisherTrace", penalties.fisher)
+    about = "gradient norm, one double backward per micro-batch"
+    yield Method("sequential", "grad_norm", about, peers.sequential)
+    about = "Fisher trace, one double backward per micro-batch"
+    yield named("sequential_fisher", "fisher", about, peers.sequential_fisher)
+    about = "torch.func.grad of a penalty vmapped over micro-batches"
+    yield Method("functorch", "grad_norm", about, peers.functorch)
+    about = "the same under torch.compile"
+    yield named("functorch_compiled", "grad_norm", about, peers.functorch_compiled, compiled=True)
+    about = "the plain step of torch.compile(model)"
+    yield named("plain_compiled", "loss", about, peers.plain_compiled, compiled=True)
 
 
-def exact(problem: Problem) -> Step:
-    """The gradient-norm penalty, exact, all micro-batches at once."""
-    penalty = fastreg.GradNorm(weight=problem.weight)
-    return Step(problem.model, _regularized(problem, penalty))
+def _penalties() -> Iterator[Method]:
+    """The other methods of the suite ``"penalties"``."""
+    one = partial(Method, suites=("penalties",))
+    yield one("variance", "variance", "fastreg.GradNorm, centered", penalties.variance)
+    yield one("noise_trace", "noise_trace", "fastreg.NoiseTrace", penalties.noise_trace)
+    for kind in ("frozen", "true"):
+        prepare = partial(penalties.fisher, gradient=kind)
+        yield one(f"fisher_{kind}", f"fisher_{kind}", f"fastreg.FisherTrace, gradient {kind}", prepare)
+    yield one("average_jacobian", "average_jacobian", "fastreg.AverageJacobian", penalties.average_jacobian)
+    yield one("unit_jacobian", "unit_jacobian", "fastreg.UnitJacobian, one direction", penalties.unit_jacobian)
+    about = f"fastreg.WithoutReplacement, rank {penalties.RANK}; Lanczos steps (every {penalties.REFRESH} runs) untimed"
+    yield one("without_replacement", "without_replacement", about, penalties.without_replacement)
+    about = "variance, one double backward per micro-batch and one of the batch"
+    yield one("sequential_variance", "variance", about, penalties.sequential_variance)
+    about = "variance, the batch's gradient, then one double backward per micro-batch"
+    yield one("sequential_centred", "variance", about, penalties.sequential_centred)
 
 
-def fisher(problem: Problem) -> Step:
-    """The Fisher-trace penalty, exact for the labels drawn, all micro-batches at once."""
-    penalty = fastreg.FisherTrace(weight=problem.weight)
-    run = _regularized(problem, penalty)
-    return Step(problem.model, run, labels=lambda: penalty.last_labels)
-
-
-def _regularized(problem: Problem, penalty: fastreg.Penalty) -> Callable[[], None]:
-    model = problem.model
-    reg = fastreg.Regularizer(model, penalty, micro_batch_size=problem.micro_batch_size)
-
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        with problem.precision():
-            outputs = model(problem.inputs)
-            loss = mean_cross_entropy(outputs, problem.targets)
-        reg(loss, outputs).backward()
-
-    return run
+def _sam() -> Iterator[Method]:
+    """The methods of the suite ``"sam"``."""
+    one = partial(Method, suites=("sam",))
+    yield one("m_sam", "m_sam", "fastreg.optim.SAM, a perturbation per micro-batch", sam.m_sam)
+    about = "SAM on one micro-batch after another, torch._foreach_*"
+    yield one("sequential_m_sam", "m_sam", about, sam.sequential_m_sam)
+    yield one("sam", "sam", "fastreg.optim.SAM, one perturbation", sam.sam)
+    about, package = "pytorch_optimizer.SAM, one perturbation", "pytorch_optimizer"
+    # It takes the norm of the gradient in float32.
+    yield one("package_sam", "sam", about, sam.package_sam, package=package, rounding=1e-6)
 
 
 def _monitors() -> Iterator[Method]:
     """The methods of the suite ``"monitor"``."""
-    one = partial(Method, suite="monitor")
-    yield one("monitor", "loss", "fastreg.Monitor as it comes: an eighth of the samples", monitored)
-    norms = partial(monitored, metrics=("grad_noise_scale", "sample_norms"))
+    one = partial(Method, suites=("monitor",))
+    yield one("monitor", "loss", "fastreg.Monitor as it comes: an eighth of the samples", monitoring.monitored)
+    norms = partial(monitoring.monitored, metrics=("grad_noise_scale", "sample_norms"))
     yield one("monitor_norms", "sample_norms", "the same with every sample's norm", norms)
-    passes = partial(monitored, metrics=("grad_norm",), micro_batch_size=None)
+    passes = partial(monitoring.monitored, metrics=("grad_norm",), micro_batch_size=None)
     yield one("monitor_passes", "loss", "backward passes as micro-batches", passes)
     about = "fastreg.stats.RidingNorms, every sample"
-    yield one("riding_norms", "sample_norms", about, plain_norms)
+    yield one("riding_norms", "sample_norms", about, monitoring.plain_norms)
 
 
 def _curvature() -> Iterator[Method]:
     """The methods of the suite ``"curvature"``."""
-    one = partial(Method, suite="curvature")
+    one = partial(Method, suites=("curvature",))
     several = partial(one, computes="hvp_several", products=curvature.SEVERAL)
     about = "batched_hvp, one vector, through fastreg.compile"
     yield one("hvp_compiled", "hvp", about, curvature.hvp_compiled, by_default=False, compiled=True)
@@ -151,77 +148,12 @@ def _curvature() -> Iterator[Method]:
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (
-        Method("plain", "loss", "forward, loss, backward", plain),
-        Method(
-            "plain_norms",
-            "sample_norms",
-            "plain, and fastreg.stats.RidingNorms for every sample",
-            plain_norms,
-        ),
-        Method("exact", "grad_norm", "fastreg.GradNorm", exact),
-        Method("fisher", "fisher", "fastreg.FisherTrace", fisher),
-        Method(
-            "sequential",
-            "grad_norm",
-            "gradient norm, one double backward per micro-batch",
-            peers.sequential,
-        ),
-        Method(
-            "sequential_fisher",
-            "fisher",
-            "Fisher trace, one double backward per micro-batch",
-            peers.sequential_fisher,
-            by_default=False,
-        ),
-        Method(
-            "functorch",
-            "grad_norm",
-            "torch.func.grad of a penalty vmapped over micro-batches",
-            peers.functorch,
-        ),
-        Method(
-            "functorch_compiled",
-            "grad_norm",
-            "the same under torch.compile",
-            peers.functorch_compiled,
-            by_default=False,
-            compiled=True,
-        ),
-        Method(
-            "plain_compiled",
-            "loss",
-            "the plain step of torch.compile(model)",
-            peers.plain_compiled,
-            by_default=False,
-            compiled=True,
-        ),
-        Method("m_sam", "m_sam", "fastreg.optim.SAM, a perturbation per micro-batch", sam.m_sam, suite="sam"),
-        Method(
-            "sequential_m_sam",
-            "m_sam",
-            "SAM on one micro-batch after another, torch._foreach_*",
-            sam.sequential_m_sam,
-            suite="sam",
-        ),
-        Method("sam", "sam", "fastreg.optim.SAM, one perturbation", sam.sam, suite="sam"),
-        Method(
-            "package_sam",
-            "sam",
-            "pytorch_optimizer.SAM, one perturbation",
-            sam.package_sam,
-            suite="sam",
-            package="pytorch_optimizer",
-            # It takes the norm of the gradient in float32.
-            rounding=1e-6,
-        ),
-        *_monitors(),
-        *_curvature(),
-    )
+    for methods in (_penalty(), _penalties(), _sam(), _monitors(), _curvature())
+    for method in methods
 }
 
 
 def default_methods(suite: Suite) -> list[str]:
     """What a suite measures when no methods are named; the plain step is among them."""
-    found = [m.name for m in METHODS.values() if m.suite == suite and m.by_default]
+    found = [m.name for m in METHODS.values() if suite in m.suites and m.by_default]
     return list(dict.fromkeys(("plain", *found)))

@@ -19,7 +19,8 @@ class Step:
         model: where the gradient is left.
         run: clears the gradients, then forward, loss and backward; or what gives the product.
         sq_norms: squared norms ``[B]`` of the per-sample gradients of the last run.
-        labels: the labels that the last run drew for its Fisher penalty.
+        drawn: what the last run's penalty depends on besides weights and batch: labels ``[B, ...]``, unit vectors
+            ``[m, C]``, or Ritz vectors ``[r, P]``.
         product: the product of a matrix with vectors that the last run formed, flat, one parameter after another.
         forget: drops what runs leave for the next one beside the gradients.
     """
@@ -27,7 +28,7 @@ class Step:
     model: nn.Module
     run: Callable[[], None]
     sq_norms: Callable[[], torch.Tensor] | None = None
-    labels: Callable[[], torch.Tensor] | None = None
+    drawn: Callable[[], torch.Tensor] | None = None
     product: Callable[[], torch.Tensor] | None = None
     forget: Callable[[], None] | None = None
 
@@ -73,7 +74,7 @@ def sequential_fisher(problem: Problem) -> Step:
         drawn.clear()
         double_backward(problem, draw)
 
-    return Step(problem.model, run, labels=lambda: torch.cat(drawn))
+    return Step(problem.model, run, drawn=lambda: torch.cat(drawn))
 
 
 def double_backward(

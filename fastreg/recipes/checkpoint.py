@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fastreg.errors import FastregError
-from fastreg.recipes.cifar10_pickle import DAMAGED
+from fastreg.recipes.inert_pickle import DAMAGED
 from fastreg.recipes.settings import Settings
 
 FORMAT = 1

@@ -53,7 +53,8 @@ def run_experiment(
         One result of ``Run.result`` per seed and method.
 
     Example:
-        >>> from fastreg.recipes.settings import default_settings, load_dataset
+        >>> from fastreg.recipes.datasets import load_dataset
+        >>> from fastreg.recipes.settings import default_settings
         >>> start = Checkpoint(default_settings("digits"))
         >>> data = load_dataset("digits", None)
         >>> with Progress(4000) as progress:  # doctest: +SKIP
@@ -69,6 +70,5 @@ def run_experiment(
             run.load_state_dict(checkpoint.current)
             progress.advance(_describe(run), len(run.history))
         _finish(run, checkpoint, path, progress)
-        if run.regularizer is not None:
-            run.regularizer.remove()
+        run.remove()
     return checkpoint.results

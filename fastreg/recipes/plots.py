@@ -95,12 +95,13 @@ def write_plots(folder: Path, settings: Settings, results: Results) -> list[Path
         "gradient_norm.png": lambda axes: _norms(axes, settings, results),
         "seconds.png": lambda axes: _seconds(axes, summaries),
     }
-    return [_draw(folder / name, _subtitle(settings), draw) for name, draw in drawings.items()]
+    width = max(7.0, 1.4 * len(summaries))
+    return [_draw(folder / name, _subtitle(settings), draw, width) for name, draw in drawings.items()]
 
 
-def _draw(path: Path, title: str, draw: Callable[[Axes], None]) -> Path:
+def _draw(path: Path, title: str, draw: Callable[[Axes], None], width: float) -> Path:
     # Figure without pyplot: no display is looked for and no global state is left behind.
-    figure = require("matplotlib.figure").Figure(figsize=(7, 4.5), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(width, 4.5), layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
     axes.set_title(title, fontsize=9)

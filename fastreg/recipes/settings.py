@@ -1,56 +1,16 @@
 """Settings of the experiment: everything that its outcome depends on."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from __future__ import annotations
 
-from torch import nn
+from dataclasses import asdict, dataclass, replace
 
 from fastreg.errors import FastregError
-from fastreg.models import mlp, resnet18, vgg11, wide_resnet
-from fastreg.recipes.cifar10 import cifar10
-from fastreg.recipes.data import Dataset, digits
-from fastreg.recipes.methods import FISHER_TRACE, GRAD_NORM, LARGE_BATCH, SMALL_BATCH, Method
-
-# What the sweep on the validation split chose: docs/experiment.md.
-DIGITS_METHODS = (
-    Method(SMALL_BATCH, lr=0.3),
-    Method(LARGE_BATCH, lr=1.0),
-    Method(GRAD_NORM, lr=0.3, weight=0.075),
-    Method(FISHER_TRACE, lr=1.0, weight=0.0625),
-)
-# Novack et al. 2022, the values of their CIFAR-10 tables.
-RESNET_METHODS = (
-    Method(SMALL_BATCH, lr=0.1),
-    Method(LARGE_BATCH, lr=0.1),
-    Method(GRAD_NORM, lr=0.1, weight=0.01),
-    Method(FISHER_TRACE, lr=0.1, weight=0.01),
-)
-VGG_METHODS = (
-    Method(SMALL_BATCH, lr=0.15),
-    Method(LARGE_BATCH, lr=0.01),
-    Method(GRAD_NORM, lr=0.01, weight=0.5),
-    Method(FISHER_TRACE, lr=0.01, weight=0.5),
-)
+from fastreg.recipes.methods import DEFAULT_METHODS, PENALISED, Method
+from fastreg.recipes.presets import MODELS
 
 
-@dataclass(frozen=True)
-class ModelRecipe:
-    """How a model is built, the data set it is for, and the methods' settings on it."""
-
-    data: str
-    build: Callable[[], nn.Module]
-    methods: tuple[Method, ...]
-
-
-# The paper has no wide residual network: it takes the values of the other residual one.
-MODELS: dict[str, ModelRecipe] = {
-    "mlp": ModelRecipe("digits", lambda: mlp((64, 128, 128, 10)), DIGITS_METHODS),
-    "resnet18": ModelRecipe("cifar10", lambda: resnet18(10, "batch"), RESNET_METHODS),
-    "resnet18-gn": ModelRecipe("cifar10", lambda: resnet18(10, "group"), RESNET_METHODS),
-    "vgg11": ModelRecipe("cifar10", lambda: vgg11(10), VGG_METHODS),
-    "wide-resnet": ModelRecipe("cifar10", lambda: wide_resnet(16, 4, 10, "batch"), RESNET_METHODS),
-}
+def _default_methods(model: str) -> tuple[Method, ...]:
+    return tuple(method for method in MODELS[model].methods if method.name in DEFAULT_METHODS)
 
 
 @dataclass(frozen=True)
@@ -122,17 +82,17 @@ class Settings:
         return {**asdict(self), "methods": methods, "seeds": list(self.seeds)}
 
     @staticmethod
-    def from_dict(values: dict[str, object]) -> "Settings":
+    def from_dict(values: dict[str, object]) -> Settings:
         """The inverse of ``to_dict``."""
         methods = tuple(Method(**method) for method in values["methods"])
         return Settings(**{**values, "methods": methods, "seeds": tuple(values["seeds"])})
 
 
-# B / b = 32 on the digits. Novack et al. 2022 have B = 5120 and b = 128 on CIFAR-10.
+# B / b = 32 on the digits. Novack et al. 2022 have B = 5120 and b = 128 for ResNet-18.
 DEFAULTS: dict[str, Settings] = {
     "digits": Settings(
         model="mlp",
-        methods=DIGITS_METHODS,
+        methods=_default_methods("mlp"),
         seeds=(0, 1, 2, 3, 4),
         epochs=150,
         batch_size=512,
@@ -141,13 +101,13 @@ DEFAULTS: dict[str, Settings] = {
         measure_every=10,
         checkpoint_every=20,
         device="cpu",
-        # Steps take about a millisecond: a second thread gains little, and loses much once
-        # another process wants the core.
+        # Steps take about a millisecond: a second thread gains little, and loses much once another process wants the
+        # core.
         threads=1,
     ),
     "cifar10": Settings(
         model="resnet18",
-        methods=RESNET_METHODS,
+        methods=_default_methods("resnet18"),
         seeds=(0, 1, 2),
         epochs=150,
         batch_size=5120,
@@ -158,17 +118,21 @@ DEFAULTS: dict[str, Settings] = {
         device="cpu",
     ),
 }
+DEFAULTS |= {
+    data: replace(DEFAULTS["cifar10"], model=model, methods=_default_methods(model))
+    for data, model in (("cifar100", "resnet18-cifar100"), ("svhn", "resnet18-svhn"))
+}
 
 
 def default_settings(data: str, model: str | None = None) -> Settings:
     """The settings documented for a data set and one of its models.
 
     Args:
-        data: ``"digits"`` or ``"cifar10"``.
+        data: a key of ``DEFAULTS``.
         model: a key of ``MODELS``; by default the data set's first.
 
     Returns:
-        The settings.
+        The settings, with the methods of ``DEFAULT_METHODS``.
 
     Raises:
         FastregError: the model is for another data set.
@@ -183,39 +147,32 @@ def default_settings(data: str, model: str | None = None) -> Settings:
     if MODELS[model].data != data:
         fitting = [name for name, recipe in MODELS.items() if recipe.data == data]
         raise FastregError(f"train: model must be one of {fitting} for {data}, got {model!r}")
-    return replace(settings, model=model, methods=MODELS[model].methods)
+    return replace(settings, model=model, methods=_default_methods(model))
 
 
-def check_directory(data: str, directory: Path | None) -> None:
-    """Refuse a folder for data that is shipped, and none for data that is not.
+def preset(model: str, name: str, lr: float | None = None, weight: float | None = None) -> Method:
+    """A method with its settings on a model, or with others.
 
-    Raises:
-        FastregError: as said.
+    Args:
+        model: a key of ``MODELS``.
+        name: of the method.
+        lr, weight: in place of the model's.
 
-    Example:
-        >>> check_directory("digits", None)
-    """
-    if data == "digits" and directory is not None:
-        raise FastregError(
-            f"train: data-dir must be absent for digits, got {directory} "
-            "(the digits come with scikit-learn)"
-        )
-    if data == "cifar10" and directory is None:
-        raise FastregError(
-            "train: data-dir must be the folder cifar-10-batches-py for cifar10, got nothing "
-            "(www.cs.toronto.edu/~kriz/cifar.html)"
-        )
-
-
-def load_dataset(data: str, directory: Path | None) -> Dataset:
-    """The data set by name; ``directory`` holds the files of those that are not shipped.
+    Returns:
+        The method.
 
     Raises:
-        FastregError: a directory is missing or not wanted, or its files are.
+        FastregError: the model has no settings for the method, and not all are given.
 
     Example:
-        >>> load_dataset("digits", None).num_classes
-        10
+        >>> preset("resnet18-cifar100", "average_jacobian")
+        Method(name='average_jacobian', lr=0.1, weight=5e-05)
     """
-    check_directory(data, directory)
-    return digits() if directory is None else cifar10(directory)
+    known = {method.name: method for method in MODELS[model].methods}.get(name)
+    if known is None and (lr is None or (weight is None and name in PENALISED)):
+        raise FastregError(
+            f"train: lr and weight must be given for {name} on {model}, got none (--lr {name}=..., and --weight for a "
+            "penalty; the model comes without)"
+        )
+    known = known or Method(name, lr, weight or 0.0)
+    return Method(name, known.lr if lr is None else lr, known.weight if weight is None else weight)

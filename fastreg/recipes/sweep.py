@@ -6,23 +6,39 @@ weights are multiples of lr / 4, the value at which a penalty equals the implici
 same learning rate (Smith et al. 2021); those of Novack et al. 2022 are 0.4 and 200 times it.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 from statistics import mean
 
 from fastreg.recipes.data import Dataset
-from fastreg.recipes.methods import PENALISED, Method
+from fastreg.recipes.methods import (
+    AVERAGE_JACOBIAN,
+    EXTERNAL_GRAFTING,
+    ITERATIVE_GRAFTING,
+    LARGE_BATCH,
+    NORMALIZED,
+    PENALISED,
+    SMALL_BATCH,
+    UNIT_JACOBIAN,
+    Method,
+)
 from fastreg.recipes.progress import Progress
 from fastreg.recipes.settings import Settings
 from fastreg.recipes.training import Run
 
-LEARNING_RATES = {
-    "small_batch": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "large_batch": (0.1, 0.3, 1.0, 3.0),
-    "grad_norm": (0.1, 0.3, 1.0),
-    "fisher_trace": (0.1, 0.3, 1.0),
+LEARNING_RATES: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(PENALISED, (0.1, 0.3, 1.0)),
+    SMALL_BATCH: (0.01, 0.03, 0.1, 0.3, 1.0),
+    LARGE_BATCH: (0.1, 0.3, 1.0, 3.0),
+    ITERATIVE_GRAFTING: (0.03, 0.1, 0.3, 1.0),
+    EXTERNAL_GRAFTING: (0.03, 0.1, 0.3, 1.0),
+    NORMALIZED: (0.1, 0.3, 1.0, 3.0),
 }
 RULE_RATIOS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
+# Jacobians do not shrink as the model fits: the paper's weights are 0.002 to 0.04 times lr / 4.
+JACOBIAN_RATIOS = (1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 4)
 SWEEP_SEEDS = (1000, 1001)
 
 
@@ -52,7 +68,8 @@ def candidates(name: str) -> list[Method]:
     rates = LEARNING_RATES[name]
     if name not in PENALISED:
         return [Method(name, lr) for lr in rates]
-    return [Method(name, lr, ratio * lr / 4) for lr in rates for ratio in RULE_RATIOS]
+    ratios = JACOBIAN_RATIOS if name in (AVERAGE_JACOBIAN, UNIT_JACOBIAN) else RULE_RATIOS
+    return [Method(name, lr, ratio * lr / 4) for lr in rates for ratio in ratios]
 
 
 def _try(settings: Settings, method: Method, data: Dataset, progress: Progress) -> Trial:
@@ -82,7 +99,8 @@ def sweep(settings: Settings, data: Dataset) -> list[Trial]:
         All trials; the best of a method is its largest ``rank``.
 
     Example:
-        >>> from fastreg.recipes.settings import default_settings, load_dataset
+        >>> from fastreg.recipes.datasets import load_dataset
+        >>> from fastreg.recipes.settings import default_settings
         >>> sweep(default_settings("digits"), load_dataset("digits", None))  # doctest: +SKIP
     """
     settings = replace(settings, seeds=SWEEP_SEEDS, measure_every=settings.epochs)
@@ -102,7 +120,7 @@ def sweep_table(trials: list[Trial]) -> str:
         >>> sweep_table([Trial(Method("large_batch", 0.1), 0.5, 1.0)]).splitlines()[1].endswith("*")
         True
     """
-    lines = [f"{'method':26}{'lr':>8}{'weight':>10}{'ratio':>8}{'validation %':>14}{'loss':>9}"]
+    lines = [f"{'method':30}{'lr':>8}{'weight':>12}{'ratio':>10}{'validation %':>14}{'loss':>9}"]
     for trial in trials:
         rivals = [other for other in trials if other.method.name == trial.method.name]
         best = max(rivals, key=lambda other: other.rank)
@@ -113,6 +131,6 @@ def sweep_table(trials: list[Trial]) -> str:
 def _line(trial: Trial) -> str:
     method = trial.method
     return (
-        f"{method.title:26}{method.lr:8g}{method.weight:10.4g}{method.rule_ratio:8.3g}"
+        f"{method.title:30}{method.lr:8g}{method.weight:12.4g}{method.rule_ratio:10.3g}"
         f"{100 * trial.accuracy:14.2f}{trial.loss:9.4f}"
     )

@@ -12,19 +12,14 @@ import torch
 from fastreg.errors import FastregError
 from fastreg.recipes.checkpoint import Checkpoint, load_checkpoint
 from fastreg.recipes.data import Dataset
+from fastreg.recipes.datasets import check_directory, load_dataset
 from fastreg.recipes.experiment import run_experiment, schedule
-from fastreg.recipes.methods import SMALL_BATCH, TITLES, Method, matched
+from fastreg.recipes.methods import DEFAULT_METHODS, KINDS, SMALL_BATCH, Method, matched
 from fastreg.recipes.plots import write_plots
+from fastreg.recipes.presets import MODELS
 from fastreg.recipes.progress import Progress
 from fastreg.recipes.report import LEGEND, summarise, table, verdict, write_json
-from fastreg.recipes.settings import (
-    DEFAULTS,
-    MODELS,
-    Settings,
-    check_directory,
-    default_settings,
-    load_dataset,
-)
+from fastreg.recipes.settings import DEFAULTS, Settings, default_settings, preset
 from fastreg.recipes.sweep import sweep, sweep_table
 
 Result = TypeVar("Result")
@@ -49,9 +44,9 @@ def _method_value(text: str) -> tuple[str, float]:
         value = float(number)
     except ValueError:
         value = -1.0
-    if name not in TITLES or not value > 0 or value == float("inf"):
+    if name not in KINDS or not value > 0 or value == float("inf"):
         raise argparse.ArgumentTypeError(
-            f"must be METHOD=VALUE with METHOD one of {', '.join(TITLES)} and VALUE positive, "
+            f"must be METHOD=VALUE with METHOD one of {', '.join(KINDS)} and VALUE positive, "
             f"got {text!r}"
         )
     return name, value
@@ -76,10 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
     add = parser.add_argument
     add("--data", choices=list(DEFAULTS), help="data set (default: digits)")
-    add("--data-dir", type=Path, metavar="DIR", help="folder cifar-10-batches-py, for cifar10")
-    add("--model", choices=list(MODELS), help="default: mlp for digits, resnet18 for cifar10")
-    add("--methods", nargs="+", choices=list(TITLES), metavar="METHOD",
-        help=f"default: all of {', '.join(TITLES)}")  # fmt: skip
+    add("--data-dir", type=Path, metavar="DIR", help="the folder of its files; none for digits")
+    add("--model", choices=list(MODELS), help="default: mlp for digits, otherwise resnet18")
+    add("--methods", nargs="+", choices=list(KINDS), metavar="METHOD",
+        help=f"of {'; '.join(f'{name}: {kind.does}' for name, kind in KINDS.items())} "
+        f"(default: {', '.join(DEFAULT_METHODS)})")  # fmt: skip
     add("--seeds", type=_at_least_one, metavar="N", help="number of seeds, counted from 0")
     add("--lr", type=_method_value, action="append", metavar="METHOD=VALUE",
         help="learning rate of one method; repeatable")  # fmt: skip
@@ -94,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunk-size", type=_at_least_one, metavar="N",
         help="most samples of one forward pass; larger batches accumulate")  # fmt: skip
     add("--threads", type=_at_least_one, metavar="N",
-        help="of torch on the CPU (default: 1 for digits, torch's own for cifar10)")  # fmt: skip
+        help="of torch on the CPU (default: 1 for digits, otherwise torch's own)")  # fmt: skip
     add("--device", type=_device, help="cpu or cuda[:N] (default: cpu)")
     add("--output", type=Path, metavar="DIR", help="folder of plots and checkpoint "
         "(default: runs/train, or the folder of the checkpoint resumed)")  # fmt: skip
@@ -104,33 +100,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choose learning rates and weights on the validation split instead")  # fmt: skip
 
 
-def _with_values(methods: tuple[Method, ...], args: argparse.Namespace) -> tuple[Method, ...]:
+def _methods(args: argparse.Namespace, model: str) -> tuple[Method, ...]:
     lrs, weights = dict(args.lr or ()), dict(args.weight or ())
-    for name in {*lrs, *weights} - {method.name for method in methods}:
+    names = [name for name in KINDS if name in (args.methods or DEFAULT_METHODS)]
+    for name in {*lrs, *weights} - set(names):
         raise FastregError(f"train: --lr and --weight must name a method that runs, got {name}")
-    changed = tuple(
-        Method(m.name, lrs.get(m.name, m.lr), weights.get(m.name, m.weight)) for m in methods
-    )
+    chosen = tuple(preset(model, name, lrs.get(name), weights.get(name)) for name in names)
     if not args.matched:
-        return changed
+        return chosen
     if {*lrs, *weights} - {SMALL_BATCH}:
         raise FastregError("train: --lr must name small_batch alone with --matched, got more")
-    return matched(changed)
+    return matched(chosen)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     data = args.data or (MODELS[args.model].data if args.model else "digits")
     settings = default_settings(data, args.model)
-    wanted = args.methods or [method.name for method in settings.methods]
-    methods = tuple(method for method in settings.methods if method.name in wanted)
     changes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    batch_size = changes.get("batch_size", settings.batch_size)
-    changes.setdefault("chunk_size", batch_size)
+    changes.setdefault("chunk_size", changes.get("batch_size", settings.batch_size))
     if args.seeds is not None:
         changes["seeds"] = tuple(range(args.seeds))
     if args.device is not None:
         changes["device"] = args.device
-    return replace(settings, methods=_with_values(methods, args), **changes)
+    return replace(settings, methods=_methods(args, settings.model), **changes)
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], option: str, reason: str) -> None:

@@ -1,8 +1,15 @@
 """One run: one method, one seed."""
 
+from __future__ import annotations
+
 import copy
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, islice, repeat
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -10,39 +17,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastreg
-from fastreg.recipes.data import Dataset, Split
-from fastreg.recipes.methods import PENALISED, Method
-from fastreg.recipes.settings import MODELS, Settings
-
-EVALUATION_BATCH = 1000
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy in [0, 1] and mean cross entropy on one split."""
-
-    accuracy: float
-    loss: float
-
-    def better_than(self, other: "Score") -> bool:
-        """Higher accuracy, then lower loss: accuracies of small splits often tie."""
-        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
-
-
-def evaluate(model: nn.Module, data: Dataset, split: Split) -> Score:
-    """Score ``model`` on ``split`` in evaluation mode; the model is left in training mode."""
-    model.eval()
-    correct, loss = 0, 0.0
-    with torch.no_grad():
-        for x, y in zip(
-            split.inputs.split(EVALUATION_BATCH), split.targets.split(EVALUATION_BATCH)
-        ):
-            outputs = model(data.transform(x, None))
-            correct += int((outputs.argmax(1) == y).sum())
-            loss += float(F.cross_entropy(outputs, y, reduction="sum"))
-    model.train()
-    return Score(correct / len(split), loss / len(split))
-
+from fastreg.optim import Grafted, LoggedNorm
+from fastreg.recipes.data import Dataset
+from fastreg.recipes.methods import SMALL_BATCH, Method
+from fastreg.recipes.presets import MODELS
+from fastreg.recipes.scoring import Score, evaluate
+from fastreg.recipes.settings import Settings
+from fastreg.sinks import CSVSink
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a sample's output in training depends on the other samples of its forward pass."""
@@ -52,6 +33,9 @@ def has_batch_norm(model: nn.Module) -> bool:
 class Run:
     """One method with one seed on one data set; resumable after any epoch.
 
+    For external grafting the small-batch run comes first, here, and again on resumption: it takes as many steps as this
+    one, which are few epochs of it, and it is no part of the times.
+
     Args:
         settings: the experiment it belongs to.
         method: what takes the steps.
@@ -60,7 +44,8 @@ class Run:
         held_out: whether the test split is scored; a search for settings leaves it unread.
 
     Example:
-        >>> from fastreg.recipes.settings import default_settings, load_dataset
+        >>> from fastreg.recipes.datasets import load_dataset
+        >>> from fastreg.recipes.settings import default_settings
         >>> settings = default_settings("digits")
         >>> run = Run(settings, settings.methods[0], 0, load_dataset("digits", None))
         >>> run.train_epoch()
@@ -68,21 +53,22 @@ class Run:
         1
     """
 
-    def __init__(
-        self, settings: Settings, method: Method, seed: int, data: Dataset, held_out: bool = True
-    ) -> None:
+    def __init__(self, settings: Settings, method: Method, seed: int, data: Dataset, held_out: bool = True) -> None:
         torch.manual_seed(seed)
         self.settings, self.method, self.seed = settings, method, seed
         self.data, self.held_out = data, held_out
         self.model = MODELS[settings.model].build().to(settings.device)
         # Measurements run on a copy: they leave buffers of the model and its recorder alone.
         self._measured = copy.deepcopy(self.model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=method.lr)
-        self.regularizer = method.regularizer(self.model, settings.micro_batch_size)
         self.order = torch.Generator().manual_seed(seed)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.diverged = False
+        self.regularizer = method.regularizer(self.model, settings.micro_batch_size)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=method.lr)
+        magnitude = method.magnitude(self.model, settings.micro_batch_size, self._small_batch_norms)
+        if magnitude is not None:
+            self.optimizer = Grafted(self.optimizer, magnitude)
 
     @property
     def finished(self) -> bool:
@@ -101,18 +87,42 @@ class Run:
             self._record(loss, seconds)
 
     def _pass(self) -> float:
-        size = self.method.samples_per_step(
-            self.settings.batch_size, self.settings.micro_batch_size
-        )
-        indices = torch.randperm(len(self.data.train), generator=self.order).split(size)
         total = 0.0
-        for index in indices:
-            index = index.to(self.settings.device)
-            x = self.data.transform(self.data.train.inputs[index], self.order)
-            total += self._step(x, self.data.train.targets[index])
+        for count, loss in enumerate(self._steps(), 1):
+            total += loss
             if not total < float("inf"):
                 break
-        return total / len(indices)
+        return total / count
+
+    def _steps(self) -> Iterator[float]:
+        """The losses of one pass, each after its step."""
+        size = self.method.samples_per_step(self.settings.batch_size, self.settings.micro_batch_size)
+        for index in torch.randperm(len(self.data.train), generator=self.order).split(size):
+            index = index.to(self.settings.device)
+            x = self.data.transform(self.data.train.inputs[index], self.order)
+            yield self._step(x, self.data.train.targets[index])
+
+    def _small_batch_norms(self) -> LoggedNorm:
+        """The norms of as many steps of small-batch SGD as this run takes, from the same seed."""
+        steps = self.settings.epochs * math.ceil(len(self.data.train) / self.settings.batch_size)
+        with torch.random.fork_rng(), TemporaryDirectory() as folder:
+            small = Run(self.settings, replace(self.method, name=SMALL_BATCH), self.seed, self.data, held_out=False)
+            small.log_norms(steps, Path(folder) / "norms.csv")
+            # Without a length for every step there is no run.
+            self.diverged = small.diverged
+            return LoggedNorm(Path(folder) / "norms.csv")
+
+    def log_norms(self, steps: int, path: Path) -> None:
+        """Take ``steps`` steps, without measurements, and log ||g|| of each as a monitor would; stop at divergence."""
+        losses = chain.from_iterable(self._steps() for _ in repeat(None))
+        with CSVSink(path) as sink:
+            for step, loss in enumerate(islice(losses, steps)):
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                norm = float(nn.utils.get_total_norm(gradients)) if loss < float("inf") else math.nan
+                self.diverged = not norm < float("inf")
+                if self.diverged:
+                    return
+                sink.write(step, {"fastreg/grad_norm": norm})
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """One step on one batch, by gradient accumulation where it exceeds the chunk size.
@@ -132,14 +142,15 @@ class Run:
             if self.regularizer is not None:
                 loss = self.regularizer(loss, outputs, scale=share)
             loss.backward()
-        self.optimizer.step()
+        # A grafted length is read off the last backward, whose loss was scaled.
+        self.optimizer.step(**({"scale": share} if isinstance(self.optimizer, Grafted) else {}))
         return total
 
     @property
     def _chunk(self) -> int:
-        # A penalised step normalises every micro-batch by its own statistics, so the plain
-        # large-batch step that it is compared with does the same.
-        if has_batch_norm(self.model) and self.method.name not in PENALISED:
+        # A penalised step normalises every micro-batch by its own statistics, so the plain large-batch step that it is
+        # compared with does the same.
+        if has_batch_norm(self.model) and not self.method.kind.cuts:
             return self.settings.micro_batch_size
         return self.settings.chunk_size
 
@@ -193,6 +204,12 @@ class Run:
             "history": self.history,
         }
 
+    def remove(self) -> None:
+        """Detach what rides on the model."""
+        for rider in (self.regularizer, self.optimizer if isinstance(self.optimizer, Grafted) else None):
+            if rider is not None:
+                rider.remove()
+
     def state_dict(self) -> dict[str, object]:
         """Everything a bit-identical continuation needs; the order generator is the position."""
         return {
@@ -201,6 +218,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "regularizer": None if self.regularizer is None else self.regularizer.state_dict(),
+            "magnitude": self.optimizer.magnitude.state_dict() if isinstance(self.optimizer, Grafted) else None,
             "order": self.order.get_state(),
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state_all(),
@@ -215,6 +233,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.regularizer is not None:
             self.regularizer.load_state_dict(state["regularizer"])
+        if isinstance(self.optimizer, Grafted):
+            self.optimizer.magnitude.load_state_dict(state["magnitude"])
         self.order.set_state(state["order"])
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["cuda_random"])
