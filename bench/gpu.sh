@@ -83,7 +83,7 @@ stage_steps() {
             steps "steps-$model-$dtype" --model "$model" --dtype "$dtype" --m 8 32 --methods plain_norms exact fisher \
                 sequential functorch plain_compiled functorch_compiled
         done
-        for suite in penalties monitor sam curvature; do
+        for suite in regularizers monitor sam curvature; do
             steps "$suite-$model" --model "$model" --dtype float32 --m 16 --suite "$suite"
         done
     done

@@ -4,7 +4,7 @@
 """
 
 from fastreg._version import __version__
-from fastreg import curvature, optim, weights
+from fastreg import curvature, noise, optim, sampling, weights
 from fastreg.check import check
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.graph_walk import trust
@@ -43,8 +43,10 @@ __all__ = [
     "explain",
     "fisher_trace",
     "micro_batch_grad_norms",
+    "noise",
     "optim",
     "per_sample_grad_norms",
+    "sampling",
     "trust",
     "weights",
 ]

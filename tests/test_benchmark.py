@@ -245,7 +245,7 @@ def test_every_penalty_of_the_library_is_measured(monkeypatch: pytest.MonkeyPatc
             super().__init__(model, penalty, **options)
 
     monkeypatch.setattr(fastreg, "Regularizer", Noted)
-    for name in default_methods("penalties"):
+    for name in default_methods("regularizers"):
         METHODS[name].prepare(TINY["mlp"].problem(2))
     public = [getattr(fastreg.penalties, name) for name in fastreg.penalties.__all__]
     assert seen == {kind for kind in public if issubclass(kind, fastreg.Penalty)} - {fastreg.Penalty}

@@ -14,7 +14,7 @@ import oracle
 from cases import BY_NAME, CASES, Case
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.noise.covariance import NoiseCovariance
-from fastreg.penalties.without_replacement import phi_2 as phi_2_of_library
+from fastreg.penalties.flat_weight import flat_drift_weight
 from penalty_oracle import MicroBatches, flat, gradient_with, jacobians, label_gradients, phi_2, regularized
 
 EXACT = 1e-10
@@ -530,10 +530,10 @@ def test_the_average_jacobian_sees_a_shift_of_all_logits_and_cross_entropy_does_
 def test_where_noise_is_like_curvature_the_weighted_trace_is_concave_in_every_eigenvalue() -> None:
     """lambda S(eta K lambda): slope 1/2 at 0, rising, concave, limit 1 / (eta K); S by quadrature."""
     rate, values = 0.3, torch.linspace(0.0, 400.0, 4001, dtype=torch.float64)
-    found = values * phi_2_of_library(-rate * values)
+    found = values * flat_drift_weight(rate * values)
     first, second = found.diff(), found.diff().diff()
     assert bool((first > 0).all()) and bool((second < 1e-12).all())
     assert float(first[0] / 0.1) == pytest.approx(0.5, rel=0.02)
     assert float(found[-1]) == pytest.approx(1 / rate, rel=0.01)
     small = torch.linspace(-30.0, 30.0, 601, dtype=torch.float64)
-    torch.testing.assert_close(phi_2_of_library(small), phi_2(small), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(flat_drift_weight(small), phi_2(-small), rtol=1e-12, atol=0.0)

@@ -30,7 +30,7 @@ EPILOG = "\n".join(
         "  fastreg bench --model gpt --m 8 --methods exact sequential --json gpt.json",
         "  fastreg bench --model mlp2048 --m 16 --suite sam",
         "  fastreg bench --model gpt --m 8 --suite curvature",
-        "  fastreg bench --model mlp --m 8 --suite penalties",
+        "  fastreg bench --model mlp --m 8 --suite regularizers",
     ]
 )
 

@@ -17,7 +17,7 @@ Fisher = Literal["fisher", "fisher_frozen", "fisher_true"]
 Jacobian = Literal["average_jacobian", "unit_jacobian"]
 Penalized = Literal["grad_norm", "variance", "noise_trace", "without_replacement", Fisher, Jacobian]
 Quantity = Literal["loss", "sample_norms", "sam", "m_sam", Penalized, Product]
-Suite = Literal["penalty", "penalties", "monitor", "sam", "curvature"]
+Suite = Literal["penalty", "regularizers", "monitor", "sam", "curvature"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Method:
 def _penalty() -> Iterator[Method]:
     """The methods of the suite ``"penalty"``, the plain step among them."""
     named = partial(Method, by_default=False)
-    both = partial(Method, suites=("penalty", "penalties"))
+    both = partial(Method, suites=("penalty", "regularizers"))
     yield Method("plain", "loss", "forward, loss, backward", peers.plain)
     about = "plain, and fastreg.stats.RidingNorms for every sample"
     yield Method("plain_norms", "sample_norms", about, monitoring.plain_norms)
@@ -82,8 +82,8 @@ def _penalty() -> Iterator[Method]:
 
 
 def _penalties() -> Iterator[Method]:
-    """The other methods of the suite ``"penalties"``."""
-    one = partial(Method, suites=("penalties",))
+    """The other methods of the suite ``"regularizers"``."""
+    one = partial(Method, suites=("regularizers",))
     yield one("variance", "variance", "fastreg.GradNorm, centered", penalties.variance)
     yield one("noise_trace", "noise_trace", "fastreg.NoiseTrace", penalties.noise_trace)
     for kind in ("frozen", "true"):

@@ -15,6 +15,7 @@ from fastreg.curvature.recurrence import lanczos
 from fastreg.curvature.vectors import unflatten
 from fastreg.errors import FastregError
 from fastreg.penalties.base import Penalty, Step
+from fastreg.penalties.flat_weight import flat_drift_weight
 from fastreg.penalties.targets import Draws
 from fastreg.session import Session
 from fastreg.weights import Rate, Weight, current
@@ -97,7 +98,7 @@ class WithoutReplacement(Penalty):
 
     def value(self, step: Step) -> Tensor:
         count = step.session.micro_batches.count if self.steps is None else self.steps
-        excess = 2 * phi_2(-current(self.lr) * count * self._ritz[0]) - 1
+        excess = 2 * flat_drift_weight(current(self.lr) * count * self._ritz[0]) - 1
         centred = step.projections - step.shares @ step.projections
         return step.variance() + step.shares @ centred.square() @ excess.to(centred)
 
@@ -107,20 +108,6 @@ class WithoutReplacement(Penalty):
     def load_state_dict(self, state: dict[str, object]) -> None:
         self._draws.load_state_dict(state)
         self._calls, self._ritz = state["calls"], state["ritz"]
-
-
-def phi_2(z: Tensor) -> Tensor:
-    """``(e^z - 1 - z) / z^2``, 1/2 at 0; float64.
-
-    Example:
-        >>> phi_2(torch.tensor([0.0, -2.0]))
-        tensor([0.5000, 0.2838], dtype=torch.float64)
-    """
-    z = z.double()
-    series = 0.5 + z / 6 * (1 + z / 4 * (1 + z / 5 * (1 + z / 6 * (1 + z / 7))))
-    near = z.abs() < 1e-2
-    safe = torch.where(near, 1.0, z)
-    return torch.where(near, series, (torch.expm1(safe) - safe) / safe**2)
 
 
 class _BatchHessian(CurvatureOperator):
