@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ import fastreg
 import fastreg.optim
 import oracle
 from fastreg.sinks import MemorySink
+from penalty_oracle import MicroBatches, phi_2
 from sam_oracle import sequential_gradient
 
 WEIGHT, RHO = 0.3, 0.1
@@ -76,6 +78,32 @@ def worker(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def penalties(size: int) -> list[fastreg.Penalty]:
+    """Those that need the gradient of the batch, or projections on a frame."""
+    whole = fastreg.WithoutReplacement(weight=WEIGHT, lr=2.0, rank=size, seed=0)
+    return [fastreg.GradNorm(weight=WEIGHT, centered=True), whole]
+
+
+def penalties_worker(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
+    model, x, y = problem(rank)
+    parallel = DistributedDataParallel(model)
+    size = sum(p.numel() for p in model.parameters())
+    reg = fastreg.Regularizer(parallel, penalties(size), micro_batch_size=2)
+    reg(F.cross_entropy(parallel(x), y)).backward()
+    torch.save([p.grad for p in model.parameters()], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def with_variances(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> oracle.Gradient:
+    """The gradient of loss, variance and weighted variance of one rank, from dense matrices."""
+    cut = MicroBatches(SimpleNamespace(loss_fn=F.cross_entropy), model, x, y, 2)
+    curvatures, vectors = torch.linalg.eigh(cut.hessian().detach())
+    parts = ((cut.gradients - cut.mean) @ vectors).square()
+    weighted = cut.shares @ (parts @ (2 * phi_2(-2.0 * len(cut.losses) * curvatures)))
+    return oracle.gradient_of(cut.loss + WEIGHT * (cut.variance() + weighted), cut.parameters, False)
+
+
 def sam_worker(rank: int, port: int, folder: str) -> None:
     join(rank, port)
     model, x, y = problem(rank)
@@ -126,6 +154,10 @@ def test_gradients_are_the_mean_over_ranks(tmp_path: Path) -> None:
     assert_mean_over_ranks(
         got, lambda model, x, y: oracle.penalty_gradient(model, F.cross_entropy, x, y, 2, weight=WEIGHT)
     )
+
+
+def test_variances_are_those_of_each_rank(tmp_path: Path) -> None:
+    assert_mean_over_ranks(spawn(penalties_worker, tmp_path), with_variances)
 
 
 def test_sam_perturbs_each_rank_along_its_own_micro_batches(tmp_path: Path) -> None:
