@@ -17,9 +17,11 @@ WEIGHT = 0.7
 BATCH = BY_NAME["mlp_gelu"].batch(6)
 
 
-def step(model: nn.Module, x: Tensor, y: Tensor, size: int) -> oracle.Gradient:
+def step(
+    model: nn.Module, x: Tensor, y: Tensor, size: int, penalty: fastreg.Penalty = fastreg.GradNorm(weight=WEIGHT)
+) -> oracle.Gradient:
     """The gradient of two regularised steps, of which the second is returned: the first one is also checked."""
-    reg = fastreg.Regularizer(model, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=size)
+    reg = fastreg.Regularizer(model, penalty, micro_batch_size=size)
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         outputs = model(x)
@@ -49,6 +51,26 @@ def test_checkpointing_without_reentrance_is_exact(size: int) -> None:
     model, (x, y) = Checkpointed(False).double(), BATCH
     want = oracle.penalty_gradient(model, F.cross_entropy, x, y, size, weight=WEIGHT)
     assert oracle.relative_error(step(model, x, y, size), want) < 1e-10
+
+
+PENALTIES = {
+    "variance": lambda: fastreg.GradNorm(weight=WEIGHT, centered=True),
+    "without replacement": lambda: fastreg.WithoutReplacement(weight=WEIGHT, lr=2.0, rank=20, seed=0),
+    "frozen": lambda: fastreg.FisherTrace(weight=WEIGHT, seed=0, gradient="frozen"),
+    "true": lambda: fastreg.FisherTrace(weight=WEIGHT, seed=0, gradient="true"),
+    "jacobian": lambda: fastreg.UnitJacobian(weight=WEIGHT, directions=2, seed=0),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_every_penalty_is_the_same_with_checkpointing(penalty: str) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Checkpointed(False).double(), BATCH
+    plain = Checkpointed(False).double()
+    plain.load_state_dict(model.state_dict())
+    plain.forward = lambda x: plain.head(plain.body(torch.tanh(plain.first(x))))
+    want = step(plain, x, y, 2, PENALTIES[penalty]())
+    assert oracle.relative_error(step(model, x, y, 2, PENALTIES[penalty]()), want) < 1e-10
 
 
 def test_checkpointing_a_bare_function_of_a_parameter() -> None:

@@ -30,7 +30,8 @@ class WithoutReplacement(Penalty):
     with ``w_k = b_k / B`` and ``g = sum_k w_k g_k``. Over an epoch of K steps at learning rate eta, SGD without
     replacement moves, beyond SGD with replacement, as by one more step of size ``eta K`` on ``(eta / 4) R``: the full
     variance along flat directions (S = 1), less along curved ones (S = 2 / c), more along those of negative curvature.
-    As ``eta K H -> 0`` it is ``GradNorm(centered=True)``.
+    As ``eta K H -> 0`` it is ``GradNorm(centered=True)``. Along negative curvature S grows like ``e^|c| / c^2``: where
+    ``eta K`` times the most negative eigenvalue is far below -1, R is large and as inaccurate as that eigenvalue.
 
     S is a constant under differentiation, ``grad R = 2 sum_k w_k H_k S (g_k - g)``, in one batched pass. H is that of
     the batch's loss. ``rank`` Lanczos steps, two passes each, give Ritz pairs ``(theta_j, u_j)``; on their span S is
