@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.functional import mse_loss
 
 from fastreg.curvature.vectors import unflatten
 from fastreg.errors import FastregError
+from fastreg.noise.displacement import measured_vs_predicted
 from fastreg.noise.drift import drift_weight, eigenbasis_drift, flat_drift_weight, without_replacement_drift
+from fastreg.noise.modified_loss import modified_loss_gradient
 
 DOUBLE = torch.float64
 SAMPLES, BATCHES = 6, 4
@@ -214,6 +217,41 @@ def test_flat_weight_keeps_its_digits() -> None:
     with mpmath.workdps(700):
         exact = [float((c - 1 + mpmath.exp(-c)) / c**2) if c else 0.5 for c in map(mpmath.mpf, points)]
     torch.testing.assert_close(found, torch.tensor(exact, dtype=DOUBLE), rtol=2e-15, atol=0)
+
+
+A, B, LR = 1.3, 0.6, 0.7
+
+
+def pair_of_quadratics(x: float) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """``A (x - 1)^2 / 2`` and ``B (x + 1)^2 / 2``, as squared errors of one sample each."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, x)
+    scale = torch.tensor([[A], [B]], dtype=DOUBLE).div(2).sqrt()
+    return model, (scale, scale * torch.tensor([[1.0], [-1.0]], dtype=DOUBLE))
+
+
+STATIONARY = {
+    "shuffled": (A - B) / (A + B - LR * A * B),
+    "with_replacement": (A - B) / (A + B),
+    "cyclic": (A * (1 - LR * B) - B) / (A + B - LR * A * B),
+    "gd": (A - B) / (A + B),
+}
+
+
+@pytest.mark.parametrize("sampling", STATIONARY)
+def test_the_mean_epoch_stands_still_where_minima_move_to(sampling: str) -> None:
+    for x, still in ((STATIONARY[sampling], True), (STATIONARY[sampling] + 0.1, False)):
+        model, batch = pair_of_quadratics(x)
+        report = measured_vs_predicted(model, mse_loss, batch, 1, LR, sampling=sampling)
+        assert (float(report.lengths) < 1e-15) == still
+
+
+def test_the_minimum_of_the_modified_loss_is_that_of_a_penalty_on_squared_norms() -> None:
+    coefficient = LR / 4
+    x = (A - B) * (1 + 2 * coefficient * (A + B)) / (A + B + 2 * coefficient * (A**2 + B**2))
+    model, batch = pair_of_quadratics(x)
+    (found,) = modified_loss_gradient(model, mse_loss, batch, 1, LR)
+    assert abs(float(found)) < 1e-15
 
 
 @pytest.mark.parametrize("function", [without_replacement_drift, eigenbasis_drift])

@@ -180,16 +180,17 @@ def _mean(epochs: Epochs, draws: Draws, lr: float, complete: bool) -> tuple[Tens
 
 
 def _converted(holder: nn.Module | Tensor, dtype: torch.dtype | None) -> nn.Module | Tensor:
-    return holder if dtype is None or isinstance(holder, Tensor) and not holder.is_floating_point() else holder.to(dtype)
+    kept = dtype is None or isinstance(holder, Tensor) and not holder.is_floating_point()
+    return holder if kept else holder.to(dtype)
 
 
 def _rates(lr: float | Sequence[float]) -> list[float]:
-    rates = [lr] if not isinstance(lr, (list, tuple)) else sorted(lr)
+    rates = lr if isinstance(lr, (list, tuple)) else [lr]
     if not rates:
         raise FastregError("measured_vs_predicted: lr must be a number > 0, or several, got none")
     for rate in rates:
         check_lr("measured_vs_predicted", rate)
-    return rates
+    return sorted(rates)
 
 
 def _slope(lr: Tensor, error: Tensor) -> float:

@@ -35,8 +35,8 @@ def without_replacement_drift(
     fluctuations for losses quadratic in the parameters; others add ``-(lr/2) D^3 L : Cov(theta_t)`` at every step, a
     drift that is there with replacement too, of another size, and is not part of the result.
 
-    Evaluated exactly by recursion: at each of k points k + 1 Hessian-vector products over the whole epoch and one batched
-    over batches; it holds a few times k vectors of length D.
+    The sum is evaluated exactly, by recursion: at each of k - 1 points k + 1 Hessian-vector products over the whole
+    epoch and one batched over batches. It holds a few times k vectors of length D.
 
     Args:
         model: at the start of the epoch; run in its current mode on a copy, and left as it is.

@@ -37,7 +37,13 @@ class EpochExpansion:
 
 
 def epoch_expansion(
-    model: nn.Module, loss_fn: LossFunction, batch: Batch, batch_size: int, *, sampling: str = "shuffled", steps: int = 1
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Batch,
+    batch_size: int,
+    *,
+    sampling: str = "shuffled",
+    steps: int = 1,
 ) -> EpochExpansion:
     r"""The mean displacement of an epoch of m batches with n steps each, to second order in the learning rate.
 
