@@ -30,7 +30,7 @@ from fastreg.errors import FastregError
 from fastreg.models import mlp
 from fastreg.optional import require
 from fastreg.recipes.data import digits
-from fastreg.recipes.papers.sharpness import TOLERANCE, Point, drawn, half_squared, measure, prepare
+from fastreg.recipes.papers.sharpness import Point, drawn, half_squared, measure, prepare
 
 WIDTH = 64
 FILE = Path("docs/edge_of_stability.png")

@@ -238,7 +238,8 @@ class Regularizer:
         for penalty in self.penalties:
             penalty.prepare(step)
         values = [penalty.value(step) for penalty in self.penalties]
-        self._note([value.detach() for value in values], step.sq_norms.detach() if "sq_norms" in step.__dict__ else None)
+        known = step.sq_norms.detach() if "sq_norms" in step.__dict__ else None
+        self._note([value.detach() for value in values], known)
         return sum(weight * value for weight, value in zip(self._weights(), values, strict=True))
 
     def _weights(self) -> list[float]:

@@ -14,6 +14,7 @@ from examples import choose_batch_size, edge_of_stability, find_wrong_labels
 from fastreg.cli import main as fastreg_command
 from fastreg.errors import FastregError
 from fastreg.recipes.data import Split, digits
+from fastreg.recipes.papers.sharpness import TOLERANCE
 
 
 def test_planted_labels_are_wrong_and_no_other_is() -> None:
@@ -102,7 +103,7 @@ def test_sharpness_at_the_start_is_that_of_the_dense_hessian(monkeypatch: pytest
     found = edge_of_stability.train(data, None, rate=0.1, steps=1, points=1, seed=4)
     torch.manual_seed(4)
     exact = torch.linalg.eigvalsh(dense_hessian(edge_of_stability.mlp((4, 5, 5, 3), "tanh"), *data))[-1]
-    assert found[0].sharpness == pytest.approx(exact.item(), rel=edge_of_stability.TOLERANCE)
+    assert found[0].sharpness == pytest.approx(exact.item(), rel=TOLERANCE)
 
 
 def test_gradient_descent_sharpens_up_to_the_edge() -> None:

@@ -1,4 +1,4 @@
-"""Every penalty equals its formula in plain float64 autograd, value and gradient; policies give the weights they say."""
+"""Every penalty equals its formula in plain float64 autograd, value and gradient."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ EXACT = 1e-10
 WEIGHT = 0.7
 SAMPLES = 7
 MLP = BY_NAME["mlp_gelu"]
-VARIED = [BY_NAME[name] for name in ("mlp_gelu", "residual_conv", "batch_norm_train", "gpt_tied", "transformer_encoder")]
+NAMES = ("mlp_gelu", "residual_conv", "batch_norm_train", "gpt_tied", "transformer_encoder")
+VARIED = [BY_NAME[name] for name in NAMES]
 
 
 def unbiased_norm(cut: MicroBatches) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastreg
 from fastreg.errors import FastregError
 from fastreg.models import mlp
 from fastreg.recipes.catalogue import Recipe

@@ -168,7 +168,8 @@ def test_every_micro_batch_is_drawn_for_its_norm(data: Dataset) -> None:
 def test_the_run_of_the_norms_leaves_no_trace_in_the_random_numbers(
     data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dropping = replace(MODELS["mlp"], build=lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10)).double())
+    layers = lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10)).double()  # noqa: E731
+    dropping = replace(MODELS["mlp"], build=layers)
     monkeypatch.setitem(MODELS, "mlp", dropping)
 
     def state(name: str) -> Tensor:

@@ -164,8 +164,6 @@ class NoiseCovariance(SecondMoment):
 
     def _gram_blocks(self, first: int) -> list[Tensor]:
         """Products of the deviations of batch ``first`` with those of itself and of every later batch."""
-        found: list[Tensor] = []
-        for rows in self.deviations(first):
-            held = held if found else rows
-            found.append(held @ rows.T)
-        return found
+        later = self.deviations(first)
+        held = next(later)
+        return [held @ held.T, *(held @ rows.T for rows in later)]

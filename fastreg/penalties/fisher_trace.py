@@ -26,8 +26,8 @@ class FisherTrace(TargetPenalty):
 
         R = (1/m) sum_k ||gh_k||^2,   gh_k = grad (1/b) sum_{i in k} -log p(yh_i | x_i),   yh_i ~ softmax(outputs_i)
 
-    One label is drawn per prediction, as in Novack et al. 2022 (arXiv:2211.15853, section 3 and its code). Over the draw,
-    ``E R = tr F / b``: the labels are independent given the outputs, so cross terms vanish; ``b`` is the micro-batch
+    One label is drawn per prediction, as in Novack et al. 2022 (arXiv:2211.15853, section 3 and its code). Over the
+    draw ``E R = tr F / b``: the labels are independent given the outputs, so cross terms vanish; ``b`` is the micro-batch
     size, and ``micro_batch_size=1`` gives the trace itself, with less variance. For outputs ``[B, T, C]`` there are
     ``T`` predictions per sample and the mean runs over all of them.
 
@@ -84,8 +84,8 @@ class FisherTrace(TargetPenalty):
                 raise FastregError(f"FisherTrace: {option} must be one of {known}, got {getattr(self, option)!r}")
         if self.labels == "exact" and self.gradient == "fixed-label":
             raise FastregError(
-                "FisherTrace: gradient must be 'frozen' or 'true' with labels='exact', got 'fixed-label' (its mean over "
-                "labels is the gradient of 'frozen')"
+                "FisherTrace: gradient must be 'frozen' or 'true' with labels='exact', got 'fixed-label' (its mean "
+                "over labels is the gradient of 'frozen')"
             )
         self._draws = Draws(self.seed)
         self._residual: Tensor | None = None

@@ -33,13 +33,13 @@ class GradNorm(Penalty):
         unbiased               ||g||^2 - V / (m - 1): expects ||grad L||^2 of the loss L that the samples are drawn from
         unsquared              (1/m) sum_k ||g_k||: the penalty of Zhao, Zhang, Hu 2022 (arXiv:2202.03599)
 
-    The first is what large-batch steps at the same learning rate lack (their own give (eta/4) ||g||^2); the expectations
-    hold for independent samples, ragged micro-batches included. All are exact, value and gradient, in the one batched
+    The first is what large-batch steps at the same learning rate lack (their own give (eta/4) ||g||^2); the
+    expectations hold for independent samples, ragged micro-batches included. All are exact, value and gradient, in the one batched
     pass; with ``centered`` or ``unbiased`` it forms g too, three layer products more.
 
     Args:
-        weight: the coefficient of R, in units of (loss / gradient norm squared), that is of a learning rate; a number or
-            a policy of :mod:`fastreg.weights`.
+        weight: the coefficient of R, in units of (loss / gradient norm squared), that is of a learning rate; a number
+            or a policy of :mod:`fastreg.weights`.
         centered, unbiased, unsquared: as above; the last goes with neither of the others.
 
     Raises:

@@ -24,8 +24,8 @@ class UnitJacobian(TargetPenalty):
 
     ``u_kj`` are uniform on the unit sphere of R^C, fresh in every micro-batch and step. Over the draw
     ``E R = (1/m) sum_k ||J_k||_F^2 / C``; with ``orthogonal`` the n vectors of a micro-batch are orthonormal, which
-    takes variance, and at ``n = C`` all of it: R is then that mean itself. Value and gradient of the draw are exact; every
-    direction is a first pass of its own. In models linear in their parameters the expectation is a constant.
+    takes variance, and at ``n = C`` all of it: R is then that mean itself. Value and gradient of the draw are exact;
+    every direction is a first pass of its own. In models linear in their parameters the expectation is a constant.
 
     Source: Novack, Kaur, Marwah, Garg, Lipton 2022, arXiv:2211.15853, section 3 and its code (one direction).
 

@@ -35,8 +35,8 @@ class WithoutReplacement(Penalty):
 
     S is a constant under differentiation, ``grad R = 2 sum_k w_k H_k S (g_k - g)``, in one batched pass. H is that of
     the batch's loss. ``rank`` Lanczos steps, two passes each, give Ritz pairs ``(theta_j, u_j)``; on their span S is
-    ``2 phi_2(-eta K theta_j)``, elsewhere 1: exact at rank P, and otherwise as good as "eta K lambda is small" holds for
-    eigenvalues that Lanczos has not found, which are those of small magnitude. Memory: ``(rank + m) P`` numbers.
+    ``2 phi_2(-eta K theta_j)``, elsewhere 1: exact at rank P, and otherwise as good as "eta K lambda is small" holds
+    for eigenvalues that Lanczos has not found, which are those of small magnitude. Memory: ``(rank + m) P`` numbers.
 
     Args:
         weight: the coefficient of R; ``eta / 4`` is what SGD without replacement carries.

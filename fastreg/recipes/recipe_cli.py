@@ -9,7 +9,6 @@ from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from fastreg.errors import FastregError
 from fastreg.optional import require
 from fastreg.recipes.catalogue import Recipe, catalogue, recipe
 from fastreg.recipes.progress import Progress

@@ -9,6 +9,9 @@ SGD at learning rate eta on shuffled batches follows the gradient flow of ``C + 
 No momentum, no weight decay, constant learning rates, equal numbers of epochs. If the implicit penalty is what helps,
 both held-out accuracies peak at similar values of eta and lambda, and the second recovers part of what the first gains
 over SGD at the small learning rate. Gains are means over seeds of differences between runs of the same seed.
+
+The defaults for digits (256 samples, the grids, the small rate, the epochs) were chosen after looking at runs of seeds 0
+to 3, on the digits that are reported; so these seeds are not among the defaults.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import math
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +32,10 @@ from fastreg.models import mlp, wide_resnet
 from fastreg.recipes.catalogue import Recipe
 from fastreg.recipes.data import Dataset, Split
 from fastreg.recipes.datasets import FROM_FILES, SHIPPED, load_dataset
-from fastreg.recipes.datasets import load_dataset
 from fastreg.recipes.papers._sweep_report import draw, table
 from fastreg.recipes.progress import Progress
 from fastreg.recipes.training import Score, evaluate
+
 
 def _powers_of_two(first: int, last: int) -> tuple[float, ...]:
     return tuple(2.0**power for power in range(first, last + 1))
@@ -54,6 +57,7 @@ class Config:
     epochs: int = field(default=150, metadata={"help": "passes over the training samples"})
     measure_every: int = field(default=10, metadata={"help": "epochs between two evaluations"})
     seeds: int = field(default=4, metadata={"help": "runs of every setting"})
+    first_seed: int = field(default=10, metadata={"help": "of the first of them"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda[:N]"})
 
 
@@ -171,7 +175,7 @@ def run(config: Config, progress: Progress) -> dict[str, Any]:
     data = load_dataset(config.data, Path(config.data_dir) if config.data_dir else None).to(config.device)
     measured = "accuracy", "loss", "train_loss"
     rows = [{"lr": lr, "penalty": penalty, **{name: [] for name in measured}} for lr, penalty in settings(config)]
-    for row, seed in product(rows, range(config.seeds)):
+    for row, seed in product(rows, range(config.first_seed, config.first_seed + config.seeds)):
         for name, value in train(config, data, row["lr"], row["penalty"], seed, progress).items():
             row[name].append(value)
     return {"small_lr": config.small_lr, "rows": rows}
