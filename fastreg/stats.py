@@ -56,7 +56,7 @@ def micro_batch_grad_norms(
         raise FastregError(
             f"micro_batch_grad_norms: micro_batch_size must be an integer >= 1, got {micro_batch_size!r}"
         )
-    with _recorded(model, micro_batch_size) as recorder:
+    with recorded(model, micro_batch_size) as recorder:
         loss = loss_fn(model(batch[0]), batch[1])
         session = recorder.session
         check_loss(loss, session.micro_batches.samples)
@@ -127,7 +127,7 @@ def fisher_trace(
         raise FastregError(f"fisher_trace: kind must be one of {FISHER_KINDS}, got {kind!r}")
     if kind == "empirical":
         return per_sample_grad_norms(model, loss_fn, batch).mean()
-    with _recorded(model, 1) as recorder:
+    with recorded(model, 1) as recorder:
         logits = first_tensor(model(batch[0]))
         if logits is None or logits.dim() != 2 or not logits.is_floating_point():
             got = None if logits is None else tuple(logits.shape)
@@ -192,7 +192,8 @@ class RidingNorms:
 
 
 @contextmanager
-def _recorded(model: nn.Module, micro_batch_size: int) -> Iterator[Recorder]:
+def recorded(model: nn.Module, micro_batch_size: int) -> Iterator[Recorder]:
+    """A recorder on the model, in its current mode, for the length of a block."""
     check_model(model)
     recorder = Recorder(model, micro_batch_size, model.parameters(), lambda: True)
     try:

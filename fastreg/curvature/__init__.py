@@ -1,5 +1,6 @@
 """Curvature: products of Hessian, Gauss-Newton and Fisher matrices with vectors, and what is estimated from them."""
 
+from fastreg.curvature.along import Along, curvature_along
 from fastreg.curvature.density import Density, spectral_density
 from fastreg.curvature.eigenvalues import top_eigenvalues
 from fastreg.curvature.functions import batched_hvp, fisher_vp, ggn_vp
@@ -12,6 +13,7 @@ from fastreg.curvature.traces import Trace, trace
 
 __all__ = [
     "GGN",
+    "Along",
     "CurvatureOperator",
     "Density",
     "Fisher",
@@ -21,6 +23,7 @@ __all__ = [
     "Trace",
     "batch_sharpness",
     "batched_hvp",
+    "curvature_along",
     "fisher_vp",
     "ggn_vp",
     "gradient_curvatures",
