@@ -82,7 +82,7 @@ def _verdict(baseline: Row, implicit: list[Row], explicit: list[Row]) -> str:
 
 
 def draw(figure: Figure, result: dict[str, Any]) -> None:
-    """Held-out accuracy and loss against eta and lambda on one axis."""
+    """Held-out accuracy and loss against eta and lambda on one axis; settings that collapse lie beyond the frame."""
     left, right = figure.subplots(1, 2)
     _panel(left, result, "accuracy", "held-out accuracy")
     _panel(right, result, "loss", "held-out loss")
@@ -91,9 +91,15 @@ def draw(figure: Figure, result: dict[str, Any]) -> None:
 
 def _panel(axes: Axes, result: dict[str, Any], name: str, label: str) -> None:
     baseline, implicit, explicit = families(result)
+    level, shown = mean_and_error(baseline[name])[0], []
     for rows, key, legend in ((implicit, "lr", "SGD at eta"), (explicit, "penalty", "explicit lambda at small eta")):
         means, errors = zip(*(mean_and_error(row[name]) for row in rows)) if rows else ((), ())
+        shown += [abs(mean - level) + error for mean, error in zip(means, errors)]
         axes.errorbar([row[key] for row in rows], means, errors, fmt="o-", capsize=3, label=legend)
-    axes.axhline(mean_and_error(baseline[name])[0], color="0.7", label=f"SGD at {baseline['lr']:g}")
+    axes.axhline(level, color="0.7", label=f"SGD at {baseline['lr']:g}")
+    # Half of the settings decide the scale: a collapsed one would leave nothing of the others to be seen.
+    reach = 2 * sorted(shown)[len(shown) // 2] if shown else 0.0
+    if reach:
+        axes.set_ylim(level - reach, level + reach)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="eta, lambda", ylabel=label)
