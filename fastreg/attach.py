@@ -8,9 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _DDPSink
 
 from fastreg.errors import FastregError
+from fastreg.graph_walk import trust
 from fastreg.recording import attached, compiled
+from fastreg.sharding import fully_sharded
 
 
 def check_model(model: object, *, differentiated_twice: bool = True) -> None:
@@ -32,6 +35,7 @@ def check_model(model: object, *, differentiated_twice: bool = True) -> None:
             f"attach: model must not be compiled in place, got {type(model).__name__} after .compile() (its hooks would "
             "be compiled too: use torch.compile(model))"
         )
+    _trust_wrappers(model)
     for name, module in model.named_modules():
         where = f"{type(module).__name__} {name!r}" if name else type(module).__name__
         if differentiated_twice and compiled(module):
@@ -49,6 +53,16 @@ def check_model(model: object, *, differentiated_twice: bool = True) -> None:
                 f"attach: model must not be DistributedDataParallel(static_graph=True), got {where} (with a double "
                 "backward its gradients are silently not reduced: drop static_graph)"
             )
+
+
+def _trust_wrappers(model: nn.Module) -> None:
+    """Nodes that tell a wrapper how far a backward is are identities on gradients, whose backward meets no input."""
+    if isinstance(model, DistributedDataParallel):
+        trust(_DDPSink)
+    if fully_sharded(model):
+        from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
+
+        trust(RegisterPostBackwardFunction)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 The mode is entered and left by removable forward hooks on the model and on every module that owns parameters (not
 on the model alone: activation checkpointing re-runs inner modules in the backward, long after the model's own
-forward). Nothing is wrapped, and nothing is written on modules or parameters but the hooks. Compiled modules run as they
-were written while they are recorded.
+forward). Nothing is wrapped, and nothing is written on modules or parameters but the hooks. Compiled modules run as
+they were written while they are recorded. ``fully_shard`` (FSDP2) puts whole parameters in the place of its shards
+while its modules run: they are tracked from then on, and what its own hooks do is no part of the recording.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.loss import tensors_in
 from fastreg.rules.registry import ROUTES
 from fastreg.rules.tape import Tape
+from fastreg.rules.use import Lineage
 from fastreg.rules.views import VIEWS
 from fastreg.session import Phase, Session, Traced
+from fastreg.sharding import Shards, fully_sharded
 
 
 class Recorder(TorchFunctionMode):
@@ -65,7 +68,16 @@ class Recorder(TorchFunctionMode):
         self.on_outputs: Callable[[Session, object], None] | None = None
         self._tape: Tape | None = None
         self._entered: list[nn.Module | None] = []
-        self._owners = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
+        self._cut = fully_sharded(model)
+        if self._cut and phase is Phase.STATISTICS:
+            raise FastregError(
+                "recording: norms beside a training backward (Monitor, MicroBatchNorm) must be those of a model that "
+                "fully_shard has not cut, got one that it has (DistributedDataParallel reduces them over ranks)"
+            )
+        self._shards = Shards(model, self._cut, self.parameters, self.names) if self._cut else None
+        self._paused = False
+        own = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
+        self._owners = list(dict.fromkeys([*own, *self._cut]))
         self._stance: AbstractContextManager | None = None
         self._compiled = any(compiled(module) for module in model.modules())
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -86,6 +98,9 @@ class Recorder(TorchFunctionMode):
         self._inner.clear()
 
     def _attach(self, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        if module in self._cut:
+            yield module.register_forward_pre_hook(Hook(self, "pause"), with_kwargs=True, prepend=True)
+            yield module.register_forward_hook(Hook(self, "pause"), with_kwargs=True, prepend=True, always_call=True)
         yield module.register_forward_pre_hook(Hook(self, "enter"), with_kwargs=True)
         yield module.register_forward_hook(Hook(self, "leave"), with_kwargs=True, always_call=True)
 
@@ -100,18 +115,30 @@ class Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook: start or continue recording."""
+        self._paused = False
         if not self._entered:
             recorded = torch.is_grad_enabled() and self.active()
             if self._compiled:
                 self._attach_inside(recorded)
             if not recorded:
                 return
+            if self._shards is not None:
+                self._shards.follow(module)
             self._open(module, args, kwargs)
             if self._compiled:
                 self._stance = torch.compiler.set_stance("force_eager")
                 self._stance.__enter__()
             self.__enter__()
+        elif self._shards is not None:
+            whole = self._shards.follow(module)
+            self._tape.lineages.update((id(p), (p, Lineage(p))) for p in whole if p.requires_grad)
         self._entered.append(module)
+
+    def pause(self, module: nn.Module, *_: object) -> None:
+        """Hook before and after those of ``fully_shard``, which follow it."""
+        self._paused = True
+        if not self._entered and module is self.model and torch._C._current_graph_task_id() == -1:
+            self._shards.refresh()
 
     def _attach_inside(self, recorded: bool) -> None:
         """Hooks on the modules inside a compiled model, while it is recorded and run as it was written."""
@@ -125,6 +152,7 @@ class Recorder(TorchFunctionMode):
 
     def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         """Forward hook, also run when the forward raises: stop recording at the outermost module."""
+        self._paused = False
         if not self._entered or self._entered[-1] is not module:
             return
         self._entered.pop()
@@ -134,6 +162,8 @@ class Recorder(TorchFunctionMode):
                 self._stance.__exit__(None, None, None)
                 self._stance = None
         if module is self.model and torch._C._current_graph_task_id() == -1:
+            if self._shards is not None:
+                self._shards.check(self.session, self._tape, self.keeps_outputs)
             self.outputs = output if self.keeps_outputs else None
             if self.on_outputs is not None:
                 self.on_outputs(self.session, output)
@@ -166,7 +196,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        if self._paused or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         route = ROUTES.get(func)
         first_order = self._tape.session.first_order

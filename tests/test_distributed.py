@@ -23,6 +23,12 @@ from penalty_oracle import MicroBatches, phi_2
 from sam_oracle import sequential_gradient
 
 WEIGHT, RHO = 0.3, 0.1
+WAYS = {
+    "bucket views": {"gradient_as_bucket_view": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "accumulated": {},
+    "accumulated in bucket views": {"gradient_as_bucket_view": True},
+}
 
 
 def problem(rank: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -104,6 +110,28 @@ def with_variances(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> oracle
     return oracle.gradient_of(cut.loss + WEIGHT * (cut.variance() + weighted), cut.parameters, False)
 
 
+def ways_worker(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
+    found = {}
+    for way, options in WAYS.items():
+        model, x, y = problem(rank)
+        model.register_parameter("unused", nn.Parameter(torch.ones(3)) if "unused" in way else None)
+        parallel = DistributedDataParallel(model, **options)
+        reg = fastreg.Regularizer(parallel, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=2)
+        for _ in range(2):
+            parallel.zero_grad()
+            if "accumulated" in way:
+                with parallel.no_sync():
+                    outputs = parallel(2 * x)
+                    reg(F.cross_entropy(outputs, y) / 2, outputs, scale=1 / 2).backward()
+            scale = 1 / 2 if "accumulated" in way else 1.0
+            outputs = parallel(x)
+            reg(F.cross_entropy(outputs, y) * scale, outputs, scale=scale).backward()
+        found[way] = [p.grad for name, p in model.named_parameters() if name != "unused"]
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def sam_worker(rank: int, port: int, folder: str) -> None:
     join(rank, port)
     model, x, y = problem(rank)
@@ -158,6 +186,19 @@ def test_gradients_are_the_mean_over_ranks(tmp_path: Path) -> None:
 
 def test_variances_are_those_of_each_rank(tmp_path: Path) -> None:
     assert_mean_over_ranks(spawn(penalties_worker, tmp_path), with_variances)
+
+
+def test_options_of_distributed_data_parallel_and_accumulation(tmp_path: Path) -> None:
+    def of_batch(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> oracle.Gradient:
+        return oracle.penalty_gradient(model, F.cross_entropy, x, y, 2, weight=WEIGHT)
+
+    def of_two(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> oracle.Gradient:
+        first, second = of_batch(model, 2 * x, y), of_batch(model, x, y)
+        return {name: (first[name] + second[name]) / 2 for name in first}
+
+    got = spawn(ways_worker, tmp_path)
+    for way in WAYS:
+        assert_mean_over_ranks([of_rank[way] for of_rank in got], of_two if "accumulated" in way else of_batch)
 
 
 def test_sam_perturbs_each_rank_along_its_own_micro_batches(tmp_path: Path) -> None:

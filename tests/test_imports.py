@@ -21,7 +21,7 @@ LAYERS = (
     ("fastreg.kernels",),
     ("fastreg.micro_batches", "fastreg.loss", "fastreg.weights"),
     ("fastreg.normalize", "fastreg.cross_entropy", "fastreg.attention", "fastreg.fused_attention"),
-    ("fastreg.session", "fastreg.rules", "fastreg.recording"),
+    ("fastreg.session", "fastreg.rules", "fastreg.sharding", "fastreg.recording"),
     ("fastreg.attach", "fastreg.chain", "fastreg.graph_walk"),
     ("fastreg.curvature",),
     ("fastreg.penalties",),

@@ -156,3 +156,13 @@ def test_strided_and_low_precision_tensors_go_to_the_reference() -> None:
 def test_what_does_not_fit_is_refused(call: Callable[[], object], said: str) -> None:
     with pytest.raises(FastregError, match=said):
         call()
+
+
+def test_parts_of_tensors_are_refused() -> None:
+    """A kernel would read beyond the part that is there."""
+
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(FastregError, match="must be whole, got a DTensor"):
+        multi_sqnorm([torch.ones(3).as_subclass(DTensor)])

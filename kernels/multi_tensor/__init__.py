@@ -225,6 +225,9 @@ def _check(function: str, lists: dict[str, Sequence[Tensor]]) -> None:
     if not firsts:
         raise FastregError(f"{function}: {lead} must hold at least one tensor, got none")
     dtype, device = firsts[0].dtype, firsts[0].device
+    # Its memory is a part of it, at no address that a kernel may take for the whole.
+    if any(type(tensor).__name__ == "DTensor" for tensors in lists.values() for tensor in tensors):
+        raise FastregError(f"{function}: tensors must be whole, got a DTensor (of a sharded model; pass to_local())")
     if dtype not in FLOATS:
         raise FastregError(f"{function}: {lead} must be floating, got {dtype}")
     for name, tensors in lists.items():
