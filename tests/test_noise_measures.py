@@ -73,9 +73,9 @@ def test_one_eigenvalue_alone_can_be_too_much() -> None:
     ("arguments", "message"),
     [
         ((torch.tensor([-1.0]), 0.1, 4), "eigenvalues must be"),
-        ((torch.ones(1), 0.0, 4), "lr is out of range"),
-        ((torch.ones(1), 0.1, 0), "batch_size is out of range"),
-        ((torch.ones(1), 0.1, 4, 1.0), "momentum is out of range"),
+        ((torch.ones(1), 0.0, 4), "lr must be > 0, got 0.0"),
+        ((torch.ones(1), 0.1, 0), "batch_size must be >= 1, got 0"),
+        ((torch.ones(1), 0.1, 4, 1.0), r"momentum must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_refused(arguments: tuple, message: str) -> None:

@@ -60,11 +60,11 @@ def stability_load(
 def _check(eigenvalues: Tensor, lr: float, batch_size: int, momentum: float, rest: float) -> None:
     if not isinstance(eigenvalues, Tensor) or eigenvalues.dim() != 1 or not (eigenvalues >= 0).all():
         raise FastregError(f"stability_load: eigenvalues must be a tensor [r] of numbers >= 0, got {eigenvalues!r}")
-    for name, value, good in (
-        ("lr", lr, lr > 0),
-        ("batch_size", batch_size, batch_size >= 1),
-        ("momentum", momentum, 0 <= momentum < 1),
-        ("rest", rest, rest >= 0),
+    for name, value, expected, good in (
+        ("lr", lr, "> 0", lr > 0),
+        ("batch_size", batch_size, ">= 1", batch_size >= 1),
+        ("momentum", momentum, "in [0, 1)", 0 <= momentum < 1),
+        ("rest", rest, ">= 0", rest >= 0),
     ):
         if not good:
-            raise FastregError(f"stability_load: {name} is out of range, got {value!r} (see the docstring)")
+            raise FastregError(f"stability_load: {name} must be {expected}, got {value!r}")

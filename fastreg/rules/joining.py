@@ -93,7 +93,7 @@ class Root(Function):
 
 
 def _joined(session: Session, deposits: list[Deposit]) -> tuple[Tensor, Tensor | None]:
-    """Squared norms ``[m]`` of one parameter, by the cheaper of rows and dense gradients, and its products with the frame."""
+    """Squared norms ``[m]`` of one parameter, by the cheaper of its two forms, and products with the frame."""
     pick = session.pick(norms_alone=True)
     exact = torch.is_grad_enabled()
     rows = tuple(t for deposit in deposits for t in (deposit.x, deposit.d))
