@@ -16,6 +16,7 @@ from fastreg.perturbed_penalty import PerturbedPenalty
 from fastreg.recording import Recorder
 from fastreg.self_check import self_check
 from fastreg.session import Session
+from fastreg.weights import Weight
 
 
 class Regularizer:
@@ -90,7 +91,7 @@ class Regularizer:
         self.penalties = _penalties(penalty)
         _at_least_one("micro_batch_size", micro_batch_size)
         for one in self.penalties:
-            one.policy(micro_batch_size)
+            one.policy(micro_batch_size)  # Refuses one that does not fit.
         _at_least_one("every", every)
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise FastregError(f"Regularizer: fraction must be in (0, 1], got {fraction!r}")
@@ -174,8 +175,9 @@ class Regularizer:
         self._calls += 1
         if (self._calls - 1) % self.every:
             return run()
-        loss = self._perturbed(run, reduction, self._weights())
-        self._note(self._perturbed.values, self._perturbed.sq_norms)
+        policies = self._policies()
+        loss = self._perturbed(run, reduction, self._weights(policies))
+        self._note(self._perturbed.values, self._perturbed.sq_norms, policies)
         return loss
 
     def remove(self) -> None:
@@ -239,15 +241,19 @@ class Regularizer:
             penalty.prepare(step)
         values = [penalty.value(step) for penalty in self.penalties]
         known = step.sq_norms.detach() if "sq_norms" in step.__dict__ else None
-        self._note([value.detach() for value in values], known)
-        return sum(weight * value for weight, value in zip(self._weights(), values, strict=True))
+        policies = self._policies()
+        self._note([value.detach() for value in values], known, policies)
+        return sum(weight * value for weight, value in zip(self._weights(policies), values, strict=True))
 
-    def _weights(self) -> list[float]:
+    def _policies(self) -> list[Weight]:
+        return [one.policy(self.micro_batch_size) for one in self.penalties]
+
+    def _weights(self, policies: Sequence[Weight]) -> list[float]:
         """Coefficients at this step; ``every`` keeps their mean over steps."""
-        return [one.policy(self.micro_batch_size).at(self._calls - 1) * self.every for one in self.penalties]
+        return [policy.at(self._calls - 1) * self.every for policy in policies]
 
-    def _note(self, values: Sequence[Tensor], sq_norms: Tensor | None) -> None:
-        self.metrics = metrics(self.penalties, values, self._calls - 1, self.micro_batch_size)
+    def _note(self, values: Sequence[Tensor], sq_norms: Tensor | None, policies: Sequence[Weight]) -> None:
+        self.metrics = metrics(self.penalties, values, policies, self._calls - 1)
         self.sq_norms = sq_norms
 
 

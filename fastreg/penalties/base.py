@@ -167,9 +167,10 @@ class Penalty(ABC):
         """Restore :meth:`state_dict`."""
 
 
-def metrics(penalties: Sequence[Penalty], values: Sequence[Tensor], step: int, size: int) -> dict[str, Tensor]:
+def metrics(
+    penalties: Sequence[Penalty], values: Sequence[Tensor], policies: Sequence[Weight], step: int
+) -> dict[str, Tensor]:
     """What is reported of a step: every value, their weighted sum, and the weights that are policies."""
-    policies = [penalty.policy(size) for penalty in penalties]
     found = {f"fastreg/{penalty.name}": value.detach() for penalty, value in zip(penalties, values)}
     found["fastreg/penalty"] = sum(policy.at(step) * value.detach() for policy, value in zip(policies, values))
     for penalty, policy in zip(penalties, policies):
