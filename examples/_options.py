@@ -73,7 +73,6 @@ def _check(args: argparse.Namespace, ranks: int, launched: bool) -> None:
     folder, kind = args.checkpoint, args.regularizer
     there = folder is not None and any(folder.glob(WHOLE))
     why = "recorded forwards run as they were written, and compiled ones have no double backward"
-    sharded = args.parallel == "fsdp2"
     for wrong, message in (
         (bool(args.parallel) != launched, f"--parallel must go with torchrun, and it with that, got {args.parallel}"),
         (args.batch_size % ranks, f"--batch-size must be a multiple of the {ranks} ranks, got {args.batch_size}"),
@@ -81,8 +80,6 @@ def _check(args: argparse.Namespace, ranks: int, launched: bool) -> None:
         (args.method and kind not in PENALTIES, f"--method must go with one of {PENALTIES}, got {kind}"),
         (args.weight is not None and kind not in WEIGHTS, f"--weight must go with one of {[*WEIGHTS]}, got {kind}"),
         (args.compile and kind != "none", f"--compile must go with --regularizer none, got {kind} ({why})"),
-        (sharded and kind == "monitor", "--regularizer monitor must go without fsdp2, got both (--parallel ddp)"),
-        (sharded and args.method == "perturb", "--method perturb must go without fsdp2, got both (exact, or sam)"),
         (not folder and (args.resume or args.every), "--every and --resume must go with --checkpoint, got none"),
         (args.resume != there, f"--resume must be given if and only if there is a checkpoint, got {folder}"),
     ):

@@ -10,7 +10,8 @@ uint16 tokens (vocabulary 50304; learning rates as in Brown et al. 2020, arXiv:2
 The batch of a step is a function of seed and step, and every rank takes its share of it: ``--resume`` continues bit by
 bit, and on another number of ranks the same training. If a rank dies, the others fail in their next exchange with it.
 
-``--parallel fsdp2`` goes with ``none``, ``sam`` and exact penalties, ``ddp`` with everything.
+Under ``--parallel fsdp2`` exact penalties keep whole weights from the forward to the end of the backward; all else,
+``--method perturb`` among it, gathers them block by block.
 """
 
 from __future__ import annotations
@@ -139,9 +140,9 @@ def parallel(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     if args.parallel == "ddp":
         return DistributedDataParallel(model)
     if args.parallel == "fsdp2":
-        again = args.regularizer not in PENALTIES
+        exact = args.regularizer in PENALTIES and args.method == "exact"
         for module in (*model.blocks, model):
-            fully_shard(module, reshard_after_forward=again)
+            fully_shard(module, reshard_after_forward=not exact)
     return model
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel.distributed import _DDPSink
 from fastreg.errors import FastregError
 from fastreg.graph_walk import trust
 from fastreg.recording import attached, compiled
-from fastreg.sharding import fully_sharded
+from fastreg.sharding import check_cut, fully_sharded
 
 
 def check_model(model: object, *, differentiated_twice: bool = True) -> None:
@@ -35,6 +35,7 @@ def check_model(model: object, *, differentiated_twice: bool = True) -> None:
             f"attach: model must not be compiled in place, got {type(model).__name__} after .compile() (its hooks would "
             "be compiled too: use torch.compile(model))"
         )
+    check_cut(model)
     _trust_wrappers(model)
     for name, module in model.named_modules():
         where = f"{type(module).__name__} {name!r}" if name else type(module).__name__

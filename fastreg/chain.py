@@ -93,7 +93,8 @@ def _check_probes(squared: Tensor | None, others: Sequence[Tensor | None]) -> No
     if squared is None:
         raise FastregError(
             "reg: loss must depend on tracked parameters through the last recorded forward, got one that does not "
-            "(was it computed from another model or from an earlier forward?)"
+            "(was it computed from another model, from an earlier forward, or by torch.compile, for which there is "
+            "fastreg.compile?)"
         )
     if any(other is not None for other in others):
         raise FastregError(

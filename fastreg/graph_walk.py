@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,10 +55,17 @@ def trust(function: type[torch.autograd.Function]) -> type[torch.autograd.Functi
 def refuse_offenders(loss: Tensor, session: Session, names: dict[int, str]) -> None:
     """Raise FastregError, by name and with the remedy, for what would be wrong without a word.
 
+    Parts of the graph that are run again in a backward are looked at when they are.
+
     Args:
         names: of the tracked parameters, by identity.
     """
-    nodes = list(_nodes([loss.grad_fn]))
+    session.inspect = partial(_refuse_offenders, names=names)
+    _refuse_offenders([loss], session, names)
+
+
+def _refuse_offenders(roots: Sequence[Tensor], session: Session, names: dict[int, str]) -> None:
+    nodes = list(_nodes(root.grad_fn for root in roots))
     _refuse_unrecorded_uses(nodes, names)
     for node in nodes:
         name = type(node).__name__
@@ -74,11 +82,18 @@ def kinks(loss: Tensor) -> list[str]:
     return sorted(name.removesuffix("Backward0") for name in names if name.startswith(KINKS))
 
 
+def leaves_of(roots: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of their graph."""
+    return [node.variable for node in _nodes(root.grad_fn for root in roots) if hasattr(node, "variable")]
+
+
 def _refuse_unrecorded_uses(nodes: list, names: dict[int, str]) -> None:
     """A tracked parameter may be met by recorded operations, and by what leads to their weight and bias, alone."""
     recorded = {node for node in nodes if isinstance(node, BackwardCFunction) and _ours(node._forward_cls)}
     # The edges of a routed operation are those of x, of its weight and bias if it has them, and of what stands beside.
     sides = [edge for node in recorded if node._forward_cls in _ROUTED for edge, _ in node.next_functions[1:]]
+    # Those of a part that is run again: the arguments that derive from a parameter alone.
+    sides += [node.next_functions[i][0] for node in recorded for i in getattr(node, "derived", ())]
     allowed = recorded | set(_nodes(sides))
     for node in nodes:
         if node in allowed:

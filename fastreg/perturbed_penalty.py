@@ -1,13 +1,16 @@
 r"""Penalties by gradients at perturbed weights: first-order passes alone.
 
-The gradient of ``(1/m) sum_k ||g_k||^2`` is ``(2/m) sum_k H_k g_k``, and ``H_k g_k`` is how the gradient of micro-batch k
-changes along ``g_k``. With steps ``e_k`` of one common length in units of ``g_k``, all micro-batches in one batched pass:
+The gradient of ``(1/m) sum_k ||g_k||^2`` is ``(2/m) sum_k H_k g_k``, and ``H_k g_k`` is how the gradient of
+micro-batch k changes along ``g_k``. With steps ``e_k`` of one common length in units of ``g_k``, all micro-batches in
+one batched pass:
 
     forward     H_k g_k ~ (g_k(w + e g_k) - g_k(w)) / e                 error O(e)
     central     H_k g_k ~ (g_k(w + e g_k) - g_k(w - e g_k)) / 2e        error O(e^2)
     lookahead   g_k(w) + 2 weight H_k g_k ~ g_k(w + 2 weight g_k)       error O(weight^2), nothing is subtracted
 
-Counted in layer products (a plain step is 3): forward 6 plus segment terms, central 9, lookahead 5.
+Counted in layer products (a plain step is 3): forward 6 plus segment terms, central 9, lookahead 5. Under
+``fully_shard`` forward takes 7: ranks exchange gradients as they arrive, so a rank must know the number that it
+multiplies them by before, and norms take a pass of their own to give it.
 """
 
 from __future__ import annotations
@@ -18,20 +21,19 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastreg.attach import buffers_kept
+from fastreg.delivered import Delivered, Gradients, plus, times
 from fastreg.errors import FastregError
 from fastreg.graph_walk import kinks
-from fastreg.kernels import multi_sqnorm
 from fastreg.loss import Reduction, check_loss, first_tensor
 from fastreg.penalties.base import Penalty
 from fastreg.perturbed_passes import PerturbedPasses
+from fastreg.ranks import sq_norms
 from fastreg.session import Phase, Session
+from fastreg.sharding import own_parameters
 
 DIFFERENCES = ("forward", "central", "lookahead")
-Gradients = list[Tensor | None]
 
 # Measured: 3 in MLPs, 200 in a small GPT, whose gradients lie in few of its weights (bench/NOTES.md).
 CURVATURE = 100
@@ -73,7 +75,7 @@ class PerturbedPenalty:
 
     def __call__(self, run: Callable[[], Tensor], reduction: Reduction, weights: Sequence[float]) -> Tensor:
         """The loss, whose backward hands out the gradients found here; weights are those of the penalties."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = [p for p in own_parameters(self.model) if p.requires_grad]
         with torch.enable_grad(), self._passes.same_random_numbers() as rewind:
             loss, gradients = None, [None] * len(trainable)
             self.values = []
@@ -83,12 +85,14 @@ class PerturbedPenalty:
                     rewind()
                 with buffers_kept(self.model) if number else nullcontext():
                     loss, own = term.first(run, loss)
-                gradients = _plus(gradients, own)
+                gradients = plus(gradients, own)
                 for sign in term.signs:
                     rewind()
-                    gradients = _plus(gradients, term.again(run, sign))
+                    gradients = plus(gradients, term.again(run, sign))
                 self.values.append(term.value)
-        return Delivered.apply(loss, gradients, *trainable)
+        # DistributedDataParallel has counted those without a gradient as done.
+        reached = [number for number, g in enumerate(gradients) if g is not None]
+        return Delivered.apply(loss, [gradients[i] for i in reached], *(trainable[i] for i in reached))
 
     def warn_of_kinks(self, loss: Tensor) -> None:
         """Once: on a piecewise linear network a finite difference sees the kinks between two points."""
@@ -116,26 +120,39 @@ class _Term:
         self.owner, self.penalty, self.reduction, self.trainable = owner, penalty, reduction, trainable
         self.weight = weight
         self.signs = {"forward": (1,), "central": (1, -1), "lookahead": (1,)}[owner.difference]
+        self.subtracted = owner.difference == "forward"
+        self.sharded = owner._passes.recorder.shards is not None
 
     def first(self, run: Callable[[], Tensor], known: Tensor | None) -> tuple[Tensor, Gradients]:
         """The loss, and what the pass at the weights themselves adds to the gradient."""
         # A looked-ahead gradient has the loss's own in it; that of a penalty on the loss comes with its directions.
         pending = known is None and self.owner.difference != "lookahead"
         shared = pending and self.penalty.squares_loss
-        subtracted = self.owner.difference == "forward"
-        options = {"with_gradients": shared or subtracted, "used_up": len(self.signs) == 1}
+        # What each rank multiplies by its own number before the mean over ranks has to wait for that.
+        waits = self.subtracted and self.sharded
+        options = {"with_gradients": (shared or self.subtracted) and not waits, "used_up": len(self.signs) == 1}
         with self.owner._passes.first(Phase.PLAIN, **options) as self.sessions:
             loss = run()
             session = self._session(loss)
             self.owner.warn_of_kinks(loss)
             target, described = self._target(loss, session, again=False)
-            plain = self._gradients(loss.mean(), keep=True) if pending and not shared else [None] * len(self.trainable)
-            with session.during(Phase.DIRECTIONS):
-                squared, *at_weights = torch.autograd.grad(target, [session.probe, *self.trainable], allow_unused=True)
-        self._choose_steps(session, squared, described)
-        if shared or subtracted:
-            plain = _plus(plain, _times(at_weights, float(shared) - float(subtracted) * self.share))
+            if waits:
+                self._measure(target, described, keep=True)
+                plain = self._gradients(float(pending) * loss.mean() - self.share * target)
+            else:
+                alone = pending and not shared
+                plain = self._gradients(loss.mean(), keep=True) if alone else [None] * len(self.trainable)
+                found = self._measure(target, described)
+                plain = plus(plain, times(found, float(shared) - float(self.subtracted) * self.share))
         return loss.detach() if known is None else known, plain
+
+    def _measure(self, target: Tensor, described: Reduction, keep: bool = False) -> Gradients:
+        """Leave directions, and choose the steps along them; gradients of ``target``, if that pass forms them."""
+        (session,) = self.sessions
+        with session.during(Phase.DIRECTIONS):
+            (squared,), found = self._differentiated(target, [session.probe], keep)
+        self._choose_steps(session, squared, described)
+        return found
 
     def again(self, run: Callable[[], Tensor], sign: int) -> Gradients:
         """What the pass at the weights displaced by ``sign`` steps adds."""
@@ -144,8 +161,8 @@ class _Term:
         with self.owner._passes.again(self.sessions):
             loss = run()
             target, _ = self._target(loss, session, again=True)
-            found = self._gradients(target, keep=False)
-        return _times(found, self.share * sign / len(self.signs))
+            factor = self.share * sign / len(self.signs)
+            return self._gradients(target * factor) if self.sharded else times(self._gradients(target), factor)
 
     def _choose_steps(self, session: Session, squared: Tensor, described: Reduction) -> None:
         """Factors ``[m]`` of the rows' gradients ``r_k g_k``, and what the difference is multiplied by."""
@@ -172,9 +189,7 @@ class _Term:
             unit = max(torch.finfo(dtype).eps for dtype in session.dtypes if dtype.is_floating_point)
             order = 2 if self.owner.difference == "central" else 1
             radius = (unit / CURVATURE**order) ** (1 / (order + 1))
-        groups = {p.dtype for p in self.trainable}
-        squares = [multi_sqnorm([p.detach() for p in self.trainable if p.dtype == dtype]).sum() for dtype in groups]
-        return radius * sum(squares).sqrt()
+        return radius * sq_norms(self.trainable).sum().sqrt()
 
     def _session(self, loss: Tensor) -> Session:
         if len(self.sessions) != 1:
@@ -193,38 +208,15 @@ class _Term:
         outputs = first_tensor(self.owner._passes.recorder.outputs)
         return self.penalty.surrogate(loss.mean(), outputs, reduction, session.micro_batches, again=again)
 
-    def _gradients(self, total: Tensor, keep: bool) -> Gradients:
-        return list(torch.autograd.grad(total, self.trainable, retain_graph=keep, allow_unused=True))
+    def _gradients(self, total: Tensor, keep: bool = False) -> Gradients:
+        return self._differentiated(total, [], keep)[1]
 
-
-class Delivered(Function):
-    """A loss whose gradients are known: its backward hands them out."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, factor: Tensor):
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise FastregError("reg: backward must run once on a loss of method='perturb', got a second time")
-        if factor.dim() and factor.device.type == "cpu" and bool((factor != factor[0]).any()):
-            raise FastregError(
-                "reg: losses per sample must be averaged or summed with method='perturb', got weights that differ (apply "
-                "them in the callable)"
-            )
-        return None, None, *_times(gradients, factor.sum())
-
-
-def _times(gradients: Sequence[Tensor | None], factor: float | Tensor) -> Gradients:
-    return [None if g is None else (g * factor).to(g.dtype) for g in gradients]
-
-
-def _plus(left: Gradients, right: Gradients) -> Gradients:
-    return [b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True)]
+    def _differentiated(self, total: Tensor, leaves: Sequence[Tensor], keep: bool) -> tuple[Gradients, Gradients]:
+        """``grad total`` by leaves and by what is trained, where sharded its mean over ranks."""
+        if self.sharded:
+            return self.owner._passes.recorder.shards.gradients(total, leaves, self.trainable, keep)
+        found = torch.autograd.grad(total, [*leaves, *self.trainable], retain_graph=keep, allow_unused=True)
+        return list(found[: len(leaves)]), list(found[len(leaves) :])
 
 
 def _check_options(difference: str, radius: float | None, penalties: Sequence[Penalty]) -> None:

@@ -1,8 +1,8 @@
 """Recording: a torch function mode that routes the operations of a model's parameters while the model runs.
 
-The mode is entered and left by removable forward hooks on the model and on every module that owns parameters (not
-on the model alone: activation checkpointing re-runs inner modules in the backward, long after the model's own
-forward). Nothing is wrapped, and nothing is written on modules or parameters but the hooks. Compiled modules run as
+The mode is entered and left by removable forward hooks on the model and on every module inside it (not on the model
+alone: activation checkpointing re-runs inner modules in the backward, long after the model's own forward, and not on
+those with parameters alone: attention has none). Nothing is wrapped, and nothing is written on modules or parameters but the hooks. Compiled modules run as
 they were written while they are recorded. ``fully_shard`` (FSDP2) puts whole parameters in the place of its shards
 while its modules run: they are tracked from then on, and what its own hooks do is no part of the recording.
 """
@@ -12,17 +12,17 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
 
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.loss import tensors_in
-from fastreg.rules.registry import ROUTES
+from fastreg.rules.registry import ROUTES, load_late
 from fastreg.rules.tape import Tape
 from fastreg.rules.use import Lineage
 from fastreg.rules.views import VIEWS
@@ -34,7 +34,7 @@ class Recorder(TorchFunctionMode):
     """Routes parametrised operations of one model to rules while the model runs.
 
     Args:
-        model: hooks are attached to it and to its modules that own parameters.
+        model: hooks are attached to it and to every module inside it.
         size: samples per micro-batch.
         parameters: the parameters to track.
         active: asked at each forward whether to record it.
@@ -42,6 +42,8 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         session: the session of the last recorded forward, or None.
+        owner: the Regularizer that it is of, if any.
+        shards: the whole parameters of a model that ``fully_shard`` has cut, or None.
         keeps_outputs: set it to have the model's last outputs in ``outputs``, until they are taken away.
         trace: set it to a list to have recorded operations noted there.
         on_open: set it to be called with every new session before anything is recorded in it.
@@ -61,6 +63,7 @@ class Recorder(TorchFunctionMode):
         self.parameters = list(parameters)
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.session: Session | None = None
+        self.owner: object = None
         self.trace: list[Traced] | None = None
         self.keeps_outputs = False
         self.outputs: object = None
@@ -69,15 +72,9 @@ class Recorder(TorchFunctionMode):
         self._tape: Tape | None = None
         self._entered: list[nn.Module | None] = []
         self._cut = fully_sharded(model)
-        if self._cut and phase is Phase.STATISTICS:
-            raise FastregError(
-                "recording: norms beside a training backward (Monitor, MicroBatchNorm) must be those of a model that "
-                "fully_shard has not cut, got one that it has (DistributedDataParallel reduces them over ranks)"
-            )
-        self._shards = Shards(model, self._cut, self.parameters, self.names) if self._cut else None
+        self.shards = Shards(model, self._cut, self.parameters, self.names) if self._cut else None
         self._paused = False
-        own = [m for m in model.modules() if m is model or next(m.parameters(recurse=False), None) is not None]
-        self._owners = list(dict.fromkeys([*own, *self._cut]))
+        self._hooked = list(model.modules())
         self._stance: AbstractContextManager | None = None
         self._compiled = any(compiled(module) for module in model.modules())
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -87,7 +84,7 @@ class Recorder(TorchFunctionMode):
     def attach(self) -> None:
         """Attach the hooks."""
         # Hooks inside a compiled module are compiled with it: there they come and go with the recording.
-        first = [self.model] if self._compiled else self._owners
+        first = [self.model] if self._compiled else self._hooked
         self._handles += [handle for module in first for handle in self._attach(module)]
 
     def detach(self) -> None:
@@ -122,28 +119,45 @@ class Recorder(TorchFunctionMode):
                 self._attach_inside(recorded)
             if not recorded:
                 return
-            if self._shards is not None:
-                self._shards.follow(module)
+            if self.shards is not None:
+                self.shards.follow(module)
             self._open(module, args, kwargs)
             if self._compiled:
                 self._stance = torch.compiler.set_stance("force_eager")
                 self._stance.__enter__()
             self.__enter__()
-        elif self._shards is not None:
-            whole = self._shards.follow(module)
+        elif self.shards is not None:
+            whole = self.shards.follow(module)
             self._tape.lineages.update((id(p), (p, Lineage(p))) for p in whole if p.requires_grad)
         self._entered.append(module)
+
+    @property
+    def tape(self) -> Tape:
+        """What is recorded into."""
+        return self._tape
+
+    @contextmanager
+    def into(self, tape: Tape) -> Iterator[None]:
+        """Record into ``tape`` what runs in the block, inside modules or not, in a backward pass too."""
+        before, depth, self._tape = self._tape, len(self._entered), tape
+        self._entered.append(None)
+        try:
+            with nullcontext() if depth else self:
+                yield
+        finally:
+            self._tape = before
+            del self._entered[depth:]
 
     def pause(self, module: nn.Module, *_: object) -> None:
         """Hook before and after those of ``fully_shard``, which follow it."""
         self._paused = True
         if not self._entered and module is self.model and torch._C._current_graph_task_id() == -1:
-            self._shards.refresh()
+            self.shards.refresh()
 
     def _attach_inside(self, recorded: bool) -> None:
         """Hooks on the modules inside a compiled model, while it is recorded and run as it was written."""
         if recorded and not self._inner:
-            inside = (module for module in self._owners if module is not self.model)
+            inside = (module for module in self._hooked if module is not self.model)
             self._inner = [handle for module in inside for handle in self._attach(module)]
         elif not recorded:
             for handle in self._inner:
@@ -162,8 +176,8 @@ class Recorder(TorchFunctionMode):
                 self._stance.__exit__(None, None, None)
                 self._stance = None
         if module is self.model and torch._C._current_graph_task_id() == -1:
-            if self._shards is not None:
-                self._shards.check(self.session, self._tape, self.keeps_outputs)
+            if self.shards is not None:
+                self.shards.check(self.session, self._tape)
             self.outputs = output if self.keeps_outputs else None
             if self.on_outputs is not None:
                 self.on_outputs(self.session, output)
@@ -171,6 +185,7 @@ class Recorder(TorchFunctionMode):
     def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch._C._current_graph_task_id() != -1 and self._tape is not None:
             return
+        load_late()
         if isinstance(self.model, DistributedDataParallel) and module is not self.model:
             raise FastregError(
                 "recording: a DistributedDataParallel model must be called itself, got a call of a module inside it "
@@ -266,15 +281,21 @@ class Hook:
         return Hook, ()
 
 
+def recorder_at_work() -> Recorder | None:
+    """The one that records what runs now in this thread."""
+    return next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, Recorder)), None)
+
+
 def compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` made this module, or ``module.compile()`` was called."""
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-def attached(model: nn.Module) -> bool:
-    """Whether a live recorder is attached to ``model`` or to one of its modules."""
+def attached(model: nn.Module) -> list[Recorder]:
+    """The live recorders attached to ``model`` or to one of its modules."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return any(isinstance(hook, Hook) and hook.recorder is not None for hook in hooks)
+    recorders = (hook.recorder for hook in hooks if isinstance(hook, Hook) and hook.recorder is not None)
+    return list(dict.fromkeys(recorders))
 
 
 def _step(func: Callable, rest: tuple, kwargs: dict, index: int | None) -> Callable[[Tensor], Tensor]:

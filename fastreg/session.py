@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -86,6 +87,7 @@ class Session:
         frame: directions that the gradients of all parameters are projected on, or None.
         leaves: what stands for the parameters of each micro-batch, where gradients are differentiated by them, or None.
         beside: whether torch's own operations compute outputs and gradients, and norms are computed beside them.
+        inspect: called with the outputs of every part that is run again, and the session of its graph; or None.
     """
 
     def __init__(
@@ -110,6 +112,20 @@ class Session:
         self.leaves: Leaves | None = None
         self.frame: Frame | None = None
         self.beside = False
+        self.inspect: Callable[[Sequence[Tensor], Session], None] | None = None
+
+    def part(self) -> Session:
+        """The same for a part of the forward that is run again, with a probe and joined parameters of its own."""
+        part = copy(self)
+        part.probe, part.shared, part.trace = torch.zeros_like(self.probe, requires_grad=True), [], None
+        return part
+
+    @property
+    def forms_gradients(self) -> bool:
+        """Whether backward passes form gradients of parameters now."""
+        if self.phase is Phase.DIRECTIONS:
+            return self.directions.with_gradients
+        return self.phase in (Phase.PLAIN, Phase.STATISTICS, Phase.SYMBOLIC)
 
     def pick(self, *, norms_alone: bool = False) -> Selection:
         """The selected micro-batches where only norms are computed; all where an ordinary backward goes on from it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ import fastreg
 import oracle
 from cases import BY_NAME
 from fastreg.errors import FastregError
+from fastreg.models import GPT, GPTConfig
 
 WEIGHT = 0.7
 BATCH = BY_NAME["mlp_gelu"].batch(6)
@@ -93,3 +96,20 @@ def test_checkpointing_a_bare_function_of_a_parameter() -> None:
         assert "metadata" in str(refusal) or "checkpoint" in str(refusal)
     else:
         oracle.assert_same_gradient(got, want)
+
+
+def test_attention_in_a_module_without_parameters() -> None:
+    """Its second run must be recorded like its first, in the d-chain and in the backward that follows."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab=13, context=6, width=8, layers=2, heads=2)).double()
+    x, y = torch.randint(13, (6, 6)), torch.randint(13, (6, 6))
+    want = oracle.penalty_gradient(model, mean_token_loss, x, y, 2, weight=WEIGHT)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    reg = fastreg.Regularizer(model, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=2)
+    reg(mean_token_loss(model(x), y)).backward()
+    assert oracle.relative_error(oracle.collected_gradient(model), want) < 1e-10
+
+
+def mean_token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())

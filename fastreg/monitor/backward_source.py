@@ -12,17 +12,35 @@ from fastreg.errors import FastregError
 from fastreg.loss import Reduction
 from fastreg.monitor.sources import Backward, Source, check_passes
 from fastreg.recording import batch_size
+from fastreg.sharding import Shards, check_cut, fully_sharded
 
 
 class BackwardSource(Source):
     """Every backward pass is one micro-batch. Works with any model."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_cut(model)
         super().__init__(model)
         self._model, self._samples, self._forwards, self._pass = model, 0, 0, -1
         self._passes: list[tuple[int, dict[int, Tensor]]] = []
-        self._handles = [p.register_hook(partial(self._square, i)) for i, p in enumerate(self.parameters)]
-        self._handles.append(model.register_forward_pre_hook(self._count, with_kwargs=True))
+        self._handles = [model.register_forward_pre_hook(self._count, with_kwargs=True)]
+        self._hooked: set[int] = set()
+        cut = fully_sharded(model)
+        if cut:
+            self._shards = Shards(model, cut, list(self.parameters), dict.fromkeys(map(id, self.parameters), ""))
+            self._handles += [module.register_forward_pre_hook(self._follow) for module in cut]
+        else:
+            self._attach(dict(enumerate(self.parameters)))
+
+    def _follow(self, module: nn.Module, _args: tuple) -> None:
+        """Gradients of one rank are those of whole parameters, which keep their identity once they are there."""
+        self._shards.follow(module)
+        self._attach(self._shards.whole)
+
+    def _attach(self, parameters: dict[int, nn.Parameter]) -> None:
+        for number in parameters.keys() - self._hooked:
+            self._handles.append(parameters[number].register_hook(partial(self._square, number)))
+        self._hooked |= parameters.keys()
 
     def _count(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.is_grad_enabled() and self._model.training and torch._C._current_graph_task_id() == -1:

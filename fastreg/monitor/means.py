@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastreg.errors import FastregError
-from fastreg.kernels import multi_sqnorm
 from fastreg.loss import Reduction
 from fastreg.monitor.noise import Number, Sizes
 from fastreg.monitor.sources import Backward
+from fastreg.ranks import axes, sq_norms
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Means:
         passes: backward passes.
         inverse_samples: sum of ``1 / B_j``.
         samples: sum of ``B_j``.
-        ranks: of DistributedDataParallel, whose gradient is the mean over them.
+        ranks: those of DistributedDataParallel or ``fully_shard``, whose gradient is the mean over them.
     """
 
     squared: Tensor
@@ -46,13 +45,15 @@ class Means:
         inverse = sum(one.inverse for one in passes)
         samples, inverse_samples = sum(one.samples for one in passes), sum(1 / one.samples for one in passes)
         numbers = squared.shape[0], inverse, len(passes), inverse_samples, samples
-        if not isinstance(model, DistributedDataParallel):
+        groups = axes(model)
+        if not groups:
             return cls(squared.sum(0), *numbers, ranks=1)
-        group = model.process_group
         rest = [x.reshape(1).to(squared.dtype) if isinstance(x, Tensor) else squared.new_full((1,), x) for x in numbers]
         joined = torch.cat([squared.sum(0), *rest])
-        dist.all_reduce(joined, group=group)
-        return cls(joined[: -len(rest)], *joined[-len(rest) :].unbind(), ranks=group.size())
+        for group in groups:
+            dist.all_reduce(joined, group=group)
+        ranks = math.prod(group.size() for group in groups)
+        return cls(joined[: -len(rest)], *joined[-len(rest) :].unbind(), ranks=ranks)
 
     @property
     def small(self) -> Tensor:
@@ -94,15 +95,12 @@ def squared_gradients(parameters: Sequence[nn.Parameter], like: Tensor) -> Tenso
     Raises:
         FastregError: there is nothing in any.
     """
-    groups: dict[torch.dtype, list[int]] = defaultdict(list)
-    for number, parameter in enumerate(parameters):
-        if parameter.requires_grad and parameter.grad is not None:
-            groups[parameter.grad.dtype].append(number)
-    if not groups:
+    present = [i for i, p in enumerate(parameters) if p.requires_grad and p.grad is not None]
+    if not present:
         raise FastregError("Monitor.step: gradients must be in .grad, got none (call it before zero_grad)")
-    found = {members: multi_sqnorm([parameters[i].grad for i in members]) for members in map(tuple, groups.values())}
-    if list(found) == [tuple(range(len(parameters)))]:
-        return next(iter(found.values())).to(like.dtype)
-    by_number = {i: one for members, values in found.items() for i, one in zip(members, values.unbind(), strict=True)}
+    found = sq_norms([parameters[i].grad for i in present]).to(like.dtype)
+    if len(present) == len(parameters):
+        return found
+    by_number = dict(zip(present, found.unbind(), strict=True))
     zero = like.new_zeros(())
-    return torch.stack([by_number.get(i, zero).to(like.dtype) for i in range(len(parameters))])
+    return torch.stack([by_number.get(i, zero) for i in range(len(parameters))])

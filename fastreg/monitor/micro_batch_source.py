@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class MicroBatchSource(Source):
         self._sessions: list[Session] = []
         self._reached: list[None] = []
         self._recorder = Recorder(
-            model, size, model.parameters(), lambda: self.on and model.training, phase=Phase.STATISTICS
+            model, size, self.parameters, lambda: self.on and model.training, phase=Phase.STATISTICS
         )
         self._recorder.on_open = self._open
         self.fisher: list[Tensor] | None = None
@@ -80,7 +81,7 @@ class MicroBatchSource(Source):
         factors = reduction.factors(cut, squared)
         if self._per_layer:
             zero = torch.zeros_like(squared)
-            each = [session.per_parameter.get(id(p), zero) for p in self.parameters]
+            each = [session.per_parameter.get(id(p), zero) for p in self._recorder.parameters]
             squared = by_layer(torch.stack(each, 1).to(squared.dtype))
         else:
             squared = squared.unsqueeze(1)
@@ -101,7 +102,9 @@ class MicroBatchSource(Source):
         losses, labels = drawn_cross_entropy(logits.flatten(0, -2), self.seed, self.draws)
         self.draws += 1
         kept, session.per_parameter = session.per_parameter, None
-        squared = squared_norms(session, losses.sum(), differentiable=False)
+        shards = self._recorder.shards
+        with nullcontext() if shards is None else shards.waiting():
+            squared = squared_norms(session, losses.sum(), differentiable=False)
         session.per_parameter = kept
         measured = session.pick(norms_alone=True).kept.samples * (labels.numel() // session.micro_batches.samples)
         self.fisher.append(squared.sum() / measured)

@@ -6,9 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastreg.errors import FastregError
 from fastreg.loss import Reduction
@@ -19,6 +17,7 @@ from fastreg.monitor.metrics import DEFAULT, METRICS, Measured
 from fastreg.monitor.micro_batch_source import MicroBatchSource
 from fastreg.monitor.noise import Average, moments
 from fastreg.monitor.sources import Backward
+from fastreg.ranks import is_first
 from fastreg.sinks import Sink
 
 # Of a batch's micro-batches, where only means over them are asked for: norms then cost a few percent of a step.
@@ -51,8 +50,8 @@ class Monitor:
         model: recorded while it is in training mode with gradients enabled; neither wrapped nor changed.
         metrics: names among ``fastreg.monitor.METRICS``.
         micro_batch_size: b, samples per micro-batch, 1 for per-sample norms. None: every backward pass is one
-            micro-batch (accumulation steps, and ranks of DistributedDataParallel); this works with any model and costs
-            one read of the gradients.
+            micro-batch (accumulation steps, and ranks of DistributedDataParallel or ``fully_shard``); this works with
+            any model and costs one read of the gradients.
         fraction: share of the micro-batches of every batch that are measured, in turn, in (0, 1]. Estimates of means
             stay unbiased. None: all where a metric has an entry for each of them, an eighth otherwise.
         ema: decay of the averages over measured steps, in [0, 1).
@@ -191,8 +190,7 @@ class Monitor:
         return found
 
     def _write(self, number: int) -> None:
-        first = not isinstance(self.model, DistributedDataParallel) or dist.get_rank(self.model.process_group) == 0
-        if not self.sinks or not first:
+        if not self.sinks or not is_first(self.model):
             return
         scalars = {name: value for name, value in self.metrics.items() if not value.dim()}
         values = torch.stack([value.double() for value in scalars.values()]).tolist()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastreg.errors import FastregError
 from fastreg.loss import Reduction
+from fastreg.sharding import own_parameters
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Source(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.on = True
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._frozen = [p for p in model.parameters() if not p.requires_grad]
+        every = own_parameters(model)
+        self.parameters = [p for p in every if p.requires_grad]
+        self._frozen = [p for p in every if not p.requires_grad]
 
     def check_parameters(self) -> None:
         """Refuse gradients that nothing was attached for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastreg.errors import FastregError
-from fastreg.kernels import multi_sqnorm
 from fastreg.loss import Reduction
 from fastreg.optim.delegating import Delegating
 from fastreg.optim.magnitudes import Magnitude
+from fastreg.ranks import local, sq_norms
 
 
 class Grafted(Delegating):
@@ -117,15 +116,11 @@ class Grafted(Delegating):
 
     @torch.no_grad()
     def _graft(self, norm: float | Tensor) -> None:
-        groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for gradient in (p.grad for p in self._parameters() if p.grad is not None):
-            groups[gradient.dtype].append(gradient)
-        if not groups:
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        if not gradients:
             raise FastregError("Grafted.step: gradients must be in .grad, got none (call backward before it)")
-        length = sum(multi_sqnorm(gradients).sum() for gradients in groups.values()).sqrt()
-        factor = torch.where(length > 0, norm / length, 0)
-        for gradients in groups.values():
-            torch._foreach_mul_(gradients, factor)
+        length = sq_norms(gradients).sum().sqrt()
+        torch._foreach_mul_([local(g) for g in gradients], torch.where(length > 0, norm / length, 0))
 
     def __reduce__(self) -> tuple:
         return type(self), (self.base, self.magnitude)

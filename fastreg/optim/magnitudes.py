@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastreg.attach import check_model
 from fastreg.errors import FastregError
 from fastreg.loss import Reduction
+from fastreg.ranks import axes
 from fastreg.recording import Recorder
 from fastreg.session import Phase, Session
+from fastreg.sharding import own_parameters
 
 
 class Magnitude(ABC):
@@ -64,8 +65,8 @@ class MicroBatchNorm(Magnitude):
 
     The norm rides on the training backward; the other micro-batches' norms are not computed. Batch norm layers
     normalise every micro-batch by its own statistics, as small-batch training would. Under accumulation k is one of
-    the last backward's, so with b >= B it is that whole batch. Under DistributedDataParallel all ranks take the norm of
-    rank 0, whose data are as good as any.
+    the last backward's, so with b >= B it is that whole batch. Under DistributedDataParallel and ``fully_shard`` all
+    ranks take the norm of the first, whose data are as good as any.
 
     Args:
         model: recorded while it is in training mode with gradients enabled.
@@ -99,7 +100,7 @@ class MicroBatchNorm(Magnitude):
     def attach(self, parameters: Sequence[Tensor]) -> None:
         """Record the model; norms are over ``parameters``."""
         check_model(self.model, differentiated_twice=False)
-        strangers = {id(p) for p in parameters} - {id(p) for p in self.model.parameters()}
+        strangers = {id(p) for p in parameters} - {id(p) for p in own_parameters(self.model)}
         if strangers:
             raise FastregError(
                 f"MicroBatchNorm: base_optimizer must hold parameters of model alone, got {len(strangers)} of others "
@@ -126,8 +127,8 @@ class MicroBatchNorm(Magnitude):
         squared = session.probe.grad
         factors = described.factors(session.micro_batches, squared)
         norm = (squared * session.pick(norms_alone=True).take_segments(factors)).sqrt()
-        if isinstance(self.model, DistributedDataParallel):
-            dist.broadcast(norm, group=self.model.process_group, group_src=0)
+        for group in axes(self.model):
+            dist.broadcast(norm, group=group, group_src=0)
         return norm.squeeze()
 
     def _draw(self, session: Session) -> None:

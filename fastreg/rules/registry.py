@@ -10,6 +10,8 @@ Modules of :mod:`fastreg.rules` register their rules on import; a user registers
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +39,16 @@ class Route:
 
 
 ROUTES: dict[Callable, Route] = {}
+
+# Of modules that define functions, those with the rules for them.
+LATE = {"torch.nn.attention.varlen": "fastreg.rules.packed_attention"}
+
+
+def load_late() -> None:
+    """Register the rules that waited for modules which are imported by now."""
+    for module, rules in LATE.items():
+        if module in sys.modules and rules not in sys.modules:
+            importlib.import_module(rules)
 
 
 def route(*functions: Callable, always: bool = False, second_order: bool = False) -> Callable[[Callable], Callable]:

@@ -136,10 +136,7 @@ def takes_norms(ctx, use: Use) -> bool:
 
 def wanted_by(ctx, use: Use, needs: tuple[bool, ...]) -> Wanted:
     """What the session's phase asks of one use; ``needs`` is the operation's ``ctx.needs_input_grad``."""
-    phase = use.session.phase
-    parameters = phase in (Phase.PLAIN, Phase.STATISTICS, Phase.SYMBOLIC)
-    if phase is Phase.DIRECTIONS:
-        parameters = use.session.directions.with_gradients
+    parameters = use.session.forms_gradients
     norms = Parts(False, False)
     if takes_norms(ctx, use):
         norms = Parts(use.alone(use.weight), use.alone(use.bias))
