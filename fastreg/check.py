@@ -84,7 +84,8 @@ def check(
 
     Raises:
         UnsupportedOperation: a parameter reaches an operation without a rule.
-        FastregError: an operation has no double backward, or the self-test fails; the message says where.
+        FastregError: an operation has no double backward, the self-test fails, or float16 gradients overflow; the
+            message says where.
 
     Example:
         >>> import torch, fastreg
@@ -106,7 +107,8 @@ def check(
             if loss.dim():
                 raise FastregError(f"check: loss_fn must return a scalar mean, got shape {tuple(loss.shape)}")
             refuse_offenders(loss, session, recorder.tracked_names())
-            self_check(Step(session, loss, first_tensor(outputs), Reduction()), recorder)
+            if not self_check(Step(session, loss, first_tensor(outputs), Reduction()), recorder):
+                raise FastregError("check: gradients must be finite, got inf in float16 (scale down in loss_fn)")
     finally:
         recorder.remove()
     cut = session.micro_batches

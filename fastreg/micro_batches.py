@@ -97,19 +97,20 @@ class MicroBatches:
     def scaled(self, rows: Tensor, factors: Tensor, onto: Tensor | None = None) -> Tensor:
         """``onto + factors_k * rows`` for ``factors [m]``; ``onto`` is overwritten."""
         if not self.tail and rows.is_contiguous() and (onto is None or onto.is_contiguous()):
-            flat, factors = rows.view(self.count, -1), factors.to(rows.dtype).unsqueeze(1)
-            return (flat * factors).view(rows.shape) if onto is None else _add_(onto, flat, factors)
+            flat = rows.view(self.count, -1)
+            return times(flat, factors).view(rows.shape) if onto is None else _add_(onto, flat, factors)
         if onto is None:
-            return self.map(lambda r, c: r * _aligned(c, r), (rows,), (factors,))
-        return self.map(lambda o, r, c: o.addcmul_(r, _aligned(c, r)), (onto, rows), (factors,))
+            return self.map(times, (rows,), (factors,))
+        return self.map(lambda o, r, c: o.addcmul_(r, aligned(c, r)), (onto, rows), (factors,))
 
     def scale_(self, rows: Tensor, factors: Tensor) -> Tensor:
         """``rows`` overwritten by ``factors_k * rows``."""
         if not self.tail and rows.is_contiguous():
-            rows.view(self.count, -1).mul_(factors.to(rows.dtype).unsqueeze(1))
+            flat = rows.view(self.count, -1)
+            flat.mul_(aligned(factors, flat))
             return rows
         for view, part in self.cuts((rows,), (factors,)):
-            view.mul_(_aligned(part, view))
+            view.mul_(aligned(part, view))
         return rows
 
     def cuts(self, rows: tuple[Tensor, ...], segments: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
@@ -186,9 +187,19 @@ class Selection:
 
 
 def _add_(onto: Tensor, flat: Tensor, factors: Tensor) -> Tensor:
-    onto.view(flat.shape).addcmul_(flat, factors)
+    onto.view(flat.shape).addcmul_(flat, aligned(factors, flat))
     return onto
 
 
-def _aligned(factors: Tensor, rows: Tensor) -> Tensor:
-    return factors.to(rows.dtype).reshape(-1, *(1,) * (rows.dim() - 1))
+def times(segments: Tensor, factors: Tensor) -> Tensor:
+    """``factors_k * segments`` for ``factors [m]`` and ``segments [m, ...]``, in the dtype of the segments."""
+    return (segments * aligned(factors, segments)).to(segments.dtype)
+
+
+def aligned(factors: Tensor, segments: Tensor) -> Tensor:
+    """``factors [m]`` as they broadcast against ``segments [m, ...]``, in their dtype or wider.
+
+    Factors have the inverse of the loss scale in them, out of float16's range: its segments are multiplied in float32.
+    """
+    factors = factors if segments.dtype == torch.float16 else factors.to(segments.dtype)
+    return factors.reshape(-1, *(1,) * (segments.dim() - 1))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastreg.chain import squared_norms
 from fastreg.errors import FastregError
+from fastreg.kernels._checks import accumulator
 from fastreg.loss import tensors_in
 from fastreg.penalties.base import Step
 from fastreg.recording import Recorder
@@ -26,15 +27,23 @@ _CAUSES = (
 )
 
 
-def self_check(step: Step, recorder: Recorder) -> None:
-    """Raise FastregError if the recorded norms, or the penalty's gradient, differ from plain autograd's."""
+def self_check(step: Step, recorder: Recorder) -> bool:
+    """Whether the step could be judged: one whose float16 gradients overflow, for a scaler to skip, cannot.
+
+    Raises:
+        FastregError: the recorded norms, or the penalty's gradient, differ from plain autograd's.
+    """
     outputs = _outputs(step, recorder)
     if outputs is None:
         warnings.warn("fastreg: the self-check needs the model's outputs: call reg(loss, outputs)", stacklevel=3)
-        return
-    tolerance = _tolerance({outputs.dtype, step.loss.dtype, *step.session.dtypes})
+        return True
+    dtypes = {outputs.dtype, step.loss.dtype, *step.session.dtypes}
     with torch.autocast(outputs.device.type, enabled=False):
-        _compare(step, outputs, recorder, tolerance)
+        scale = _scale(step)
+        if torch.float16 in dtypes and not torch.isfinite(scale):
+            return False
+        _compare(step, outputs, recorder, _tolerance(dtypes), scale)
+    return True
 
 
 def _outputs(step: Step, recorder: Recorder) -> Tensor | None:
@@ -47,8 +56,17 @@ def _outputs(step: Step, recorder: Recorder) -> Tensor | None:
     return whole[0] if whole else None
 
 
-def _compare(step: Step, outputs: Tensor, recorder: Recorder, tolerance: float) -> None:
-    session, total = step.session, step.loss.sum()
+def _scale(step: Step) -> Tensor:
+    """By what the loss is multiplied to bring the largest gradient to length 1, where float16 has all its digits.
+
+    Infinite norms give no number, zero ones 1.
+    """
+    squared = squared_norms(step.session, step.loss.sum(), differentiable=False).max()
+    return torch.where(squared == 0, 1, squared.sqrt() / squared)
+
+
+def _compare(step: Step, outputs: Tensor, recorder: Recorder, tolerance: float, scale: Tensor) -> None:
+    session, total = step.session, step.loss.sum() * scale
     cut = session.micro_batches
     offsets = cut.offsets(outputs.shape[0])
     k = cut.full // 2 if cut.full > 1 else 0
@@ -56,7 +74,7 @@ def _compare(step: Step, outputs: Tensor, recorder: Recorder, tolerance: float) 
     cotangent = _masked_cotangent(total, outputs, rows, tolerance)
     tracked = [p for p in recorder.parameters if p.requires_grad]
     plain = torch.autograd.grad(outputs, tracked, cotangent, create_graph=True, allow_unused=True)
-    plain_sq = {id(p): g.square().sum() for p, g in zip(tracked, plain) if g is not None}
+    plain_sq = {id(p): g.to(accumulator(g.dtype)).square().sum() for p, g in zip(tracked, plain) if g is not None}
     session.per_parameter = {}
     recorded = squared_norms(session, total, differentiable=True)[k]
     found = {key: squared[k] for key, squared in session.per_parameter.items()}

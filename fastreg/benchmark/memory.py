@@ -47,13 +47,18 @@ def on_cpu(preset: str, micro_batches: int, method: str, threads: int) -> int:
     Raises:
         subprocess.CalledProcessError: the step failed in that process.
     """
-    command = [sys.executable, "-m", __spec__.name, preset, str(micro_batches), method]
+    command = ["-m", __spec__.name, preset, str(micro_batches), method, "--threads", str(threads)]
+    return in_fresh_process(command)
+
+
+def in_fresh_process(command: list[str]) -> int:
+    """The last word that ``python *command`` prints: the :func:`growth` of a step, where blocks go back when freed.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
     run = subprocess.run(
-        [*command, "--threads", str(threads)],
-        env={**os.environ, **ALLOCATOR},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+        [sys.executable, *command], env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True, check=True
     )
     return int(run.stdout.split()[-1])
 
@@ -64,8 +69,8 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _measure(preset: str, micro_batches: int, method: str) -> int:
-    step = METHODS[method].prepare(PRESETS[preset].problem(micro_batches))
+def growth(step: Step) -> int:
+    """Bytes by which this process's resident set grows during one run of ``step``, its gradients included."""
     # The first call also loads code and fills caches that stay.
     step.run()
     step.clear()
@@ -74,6 +79,10 @@ def _measure(preset: str, micro_batches: int, method: str) -> int:
     before = _resident("VmRSS")
     step.run()
     return _resident("VmHWM") - before
+
+
+def _measure(preset: str, micro_batches: int, method: str) -> int:
+    return growth(METHODS[method].prepare(PRESETS[preset].problem(micro_batches)))
 
 
 def main() -> None:

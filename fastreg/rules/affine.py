@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastreg.errors import UnsupportedOperation
 from fastreg.kernels import affine_sqnorm
-from fastreg.micro_batches import MicroBatches
+from fastreg.micro_batches import MicroBatches, times
 from fastreg.rules.bilinear import Bilinear, Parts, sum_squares
 from fastreg.rules.tape import Tape
 
@@ -144,7 +144,7 @@ class Scale(Bilinear):
 
 def _scaled(gradients: Tensor, factors: Tensor) -> Tensor:
     """``[parts, m, ...]`` times ``factors [m]``."""
-    return gradients * factors.to(gradients.dtype).reshape(-1, *(1,) * (gradients.dim() - 2))
+    return times(gradients.transpose(0, 1), factors).transpose(0, 1)
 
 
 def _places(view: tuple[int, ...], row: tuple[int, ...]) -> tuple[int, int] | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastreg.micro_batches import aligned
+
 
 def beside(x: Tensor) -> Tensor:
     """``[m, b, C, *S] -> [b, m C, *S]``: segments side by side along the channels; a copy if ``b > 1``."""
@@ -26,8 +28,3 @@ def scaled_rows(segments: Tensor, factors: Tensor, onto: Tensor | None) -> Tenso
         onto.unflatten(0, segments.shape[:2]).addcmul_(segments, factors)
         return onto
     return torch.mul(segments, factors, out=segments.new_empty(segments.shape)).flatten(0, 1)
-
-
-def aligned(factors: Tensor, segments: Tensor) -> Tensor:
-    """``[m]`` as it broadcasts against ``segments [m, ...]``, in their dtype."""
-    return factors.to(segments.dtype).reshape(-1, *(1,) * (segments.dim() - 1))

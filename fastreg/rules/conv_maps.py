@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastreg.micro_batches import MicroBatches
+from fastreg.micro_batches import MicroBatches, times
 from fastreg.rules.bilinear import Bilinear, Parts, row_dots, sum_squares
 from fastreg.rules.conv_gram import PixelGrid, pixel_grid
-from fastreg.rules.conv_layout import aligned, apart, beside, scaled_rows
+from fastreg.rules.conv_layout import apart, beside, scaled_rows
 
 # Elements of G_k held at once where they are only added and squared: a megabyte in float32, so that both passes find
 # them in the second-level cache, and memory does not grow with the number of micro-batches.
@@ -144,7 +144,7 @@ class Convolution(Bilinear):
         if memo is None or memo.numel() > x.numel():
             return super().scaled_push(x, d, memo, factors, cut)
         # Of G_k and its image, the smaller one is scaled.
-        return self.push(x, d, memo * aligned(factors, memo), cut)
+        return self.push(x, d, times(memo, factors), cut)
 
     def outer_with_norms(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
         costs = self._costs(x, d, cut)

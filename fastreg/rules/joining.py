@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastreg.micro_batches import MicroBatches, Selection
+from fastreg.micro_batches import MicroBatches, Selection, aligned
 from fastreg.rules.bilinear import Rows, sum_squares
 from fastreg.rules.row_joining import RowJoin, prefers_rows
 from fastreg.rules.use import Lineage, Use
@@ -167,7 +167,7 @@ def _combined(gradients: Tensor, factors: Tensor | None, along: Tensor, vectors:
     combined = (along @ vectors.flatten(1)).view(gradients.shape).to(gradients.dtype)
     if factors is None:
         return combined
-    return combined.addcmul_(gradients, factors.to(gradients.dtype).view(-1, *(1,) * (gradients.dim() - 1)))
+    return combined.addcmul_(gradients, aligned(factors, gradients))
 
 
 def _plus(known: Tensor | None, term: Tensor | None) -> Tensor | None:

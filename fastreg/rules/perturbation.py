@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fastreg.errors import FastregError
 from fastreg.kernels import index_sqnorm, outer_apply
-from fastreg.micro_batches import MicroBatches
+from fastreg.micro_batches import MicroBatches, aligned
 from fastreg.rules.bilinear import Parts, Rows, sum_squares
 from fastreg.rules.use import Lineage, Use
 
@@ -154,8 +154,7 @@ def _add_products(
 
 def perturbed(parameter: Tensor, gradients: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
     """``p + c_k G_k``: ``[m, *p.shape]``, in the dtype of ``p``."""
-    aligned = factors.to(gradients.dtype).reshape(-1, *(1,) * parameter.dim())
-    return torch.addcmul(parameter, gradients, aligned, out=out).to(parameter.dtype)
+    return torch.addcmul(parameter, gradients, aligned(factors, gradients), out=out).to(parameter.dtype)
 
 
 class Perturbation:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from fastreg.kernels._checks import accumulator
 from fastreg.micro_batches import MicroBatches, Selection
 from fastreg.rules.bilinear import Rows
 from fastreg.session import Session
@@ -50,16 +51,18 @@ class RowJoin(Function):
         grads = []
         for i, needed in enumerate(ctx.needs_input_grad[3:]):
             grad = torch.cat([piece[i].flatten(0, 1) for piece in pieces]) if needed else None
-            grads.append(pick.put(pick.kept.scale_(grad, weights)) if needed else None)
+            grads.append(pick.put(pick.kept.scale_(grad, weights).to(factors[i].dtype)) if needed else None)
         return None, None, None, *grads
 
 
 def _squared_norms(views: tuple[Tensor, ...]) -> Tensor:
-    lefts, rights = views[::2], _of_one_dtype(views[1::2])
+    lefts, rights = [_in_range(left) for left in views[::2]], _of_one_dtype(views[1::2])
     total = None
     for u in range(len(lefts)):
         for v in range(u + 1):
-            pair = (left_gram(lefts[u], lefts[v], rights[u].dtype) * (rights[u] @ rights[v].mT)).sum((1, 2))
+            of_right = rights[u] @ rights[v].mT
+            wide = accumulator(of_right.dtype)
+            pair = (left_gram(lefts[u], lefts[v], of_right.dtype).to(wide) * of_right).sum((1, 2))
             pair = pair if u == v else 2 * pair
             total = pair if total is None else total + pair
     return total
@@ -67,7 +70,7 @@ def _squared_norms(views: tuple[Tensor, ...]) -> Tensor:
 
 def _half_gradients(views: tuple[Tensor, ...]) -> list[Tensor | None]:
     """For each use ``(dL_u or None for an index, dR_u)``, in order."""
-    lefts, rights = views[::2], _of_one_dtype(views[1::2])
+    lefts, rights = [_in_range(left) for left in views[::2]], _of_one_dtype(views[1::2])
     grads: list[Tensor | None] = []
     for left, right in zip(lefts, rights):
         to_right = sum(left_gram(left, other, r.dtype).to(r.dtype) @ r for other, r in zip(lefts, rights))
@@ -83,7 +86,12 @@ def _half_gradients(views: tuple[Tensor, ...]) -> list[Tensor | None]:
 def _of_one_dtype(rights: tuple[Tensor, ...]) -> list[Tensor]:
     """The right rows of all uses in the widest of their dtypes, which differ under autocast."""
     widest = reduce(torch.promote_types, (right.dtype for right in rights))
-    return [right.to(widest) for right in rights]
+    return [_in_range(right.to(widest)) for right in rights]
+
+
+def _in_range(rows: Tensor) -> Tensor:
+    """float16 in float32: the product of two gradients underflows there."""
+    return rows.float() if rows.dtype == torch.float16 else rows
 
 
 def left_gram(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
