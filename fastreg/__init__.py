@@ -19,6 +19,7 @@ from fastreg.penalties import (
     UnitJacobian,
     WithoutReplacement,
 )
+from fastreg.recompute import checkpoint, checkpoint_blocks
 from fastreg.regularizer import Regularizer
 from fastreg.stats import fisher_trace, micro_batch_grad_norms, per_sample_grad_norms
 from fastreg.tracing import compile
@@ -38,6 +39,8 @@ __all__ = [
     "__version__",
     "backend",
     "check",
+    "checkpoint",
+    "checkpoint_blocks",
     "compile",
     "curvature",
     "explain",

@@ -47,13 +47,14 @@ def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def drawn_cross_entropy(z: Tensor, seed: int, draw: int) -> tuple[Tensor, Tensor]:
+def drawn_cross_entropy(z: Tensor, seed: int, draw: int | Tensor) -> tuple[Tensor, Tensor]:
     r"""``loss_r = -log softmax(z_r)[y_r]`` for labels ``y_r ~ softmax(z_r)``, held fixed under differentiation.
 
     Args:
         z: [R, C] float logits.
         seed: of the draw, 64 bits.
-        draw: number of the draw with this seed: the labels are a function of the logits, ``seed`` and ``draw``.
+        draw: number of the draw with this seed, an integer or a 0-d tensor on the CPU: the labels are a function of
+            the logits, ``seed`` and ``draw``.
 
     Returns:
         loss [R] float32, or float64 for float64 logits, differentiable twice; labels [R] int64.
@@ -84,7 +85,7 @@ class CrossEntropy(Function):
     """``z -> loss, labels``, the labels drawn if none are given."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, labels: Tensor | None, seed: int, draw: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx, z: Tensor, labels: Tensor | None, seed: int, draw: int | Tensor) -> tuple[Tensor, Tensor]:
         loss, lse, drawn = kernels.cross_entropy(z, labels, seed, draw)
         labels = drawn if labels is None else labels
         ctx.mark_non_differentiable(drawn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from fastreg.attach import check_model
 from fastreg.errors import FastregError
 from fastreg.graph_walk import refuse_offenders
+from fastreg.hosted import hosted
 from fastreg.loss import Reduction, check_loss, first_tensor
-from fastreg.penalties.base import Penalty, Step, metrics
+from fastreg.penalties.base import Coefficient, Penalty, Step, metrics
 from fastreg.perturbed_penalty import PerturbedPenalty
 from fastreg.recording import Recorder
 from fastreg.self_check import self_check
 from fastreg.session import Session
-from fastreg.weights import Weight
 
 
 class Regularizer:
@@ -110,10 +110,11 @@ class Regularizer:
             _check_perturbed(model, tracked, fraction)
             self._perturbed = PerturbedPenalty(model, micro_batch_size, tracked, self.penalties, difference, radius)
             self._recorder = self._perturbed.recorder
+            self._recorder.owner = self
             return
         check_model(model)
         self._recorder = Recorder(model, micro_batch_size, tracked, self._active)
-        self._recorder.keeps_outputs = check
+        self._recorder.owner, self._recorder.keeps_outputs = self, check
         self._recorder.on_open = self._open
 
     def __call__(
@@ -131,8 +132,9 @@ class Regularizer:
             loss: the loss of the model's last forward: a scalar, or one loss per sample ``[B]`` (to be averaged
                 by the caller). A callable is called for it.
             outputs: the model's outputs; penalties that draw labels need them.
-            scale: what the loss was multiplied by (``1/n`` under accumulation over n batches). R is computed for
-                the loss before scaling, and the penalty is multiplied by ``scale`` as the loss was.
+            scale: what the loss was multiplied by (``1/n`` under accumulation over n batches, ``scaler.get_scale()``
+                of a GradScaler: float16 keeps most digits if the loss is scaled first). R is computed for the loss
+                before scaling, and the penalty is multiplied by ``scale`` as the loss was.
             counts: tokens per sample ``[B]`` for a loss that is a mean over tokens: ``C_k`` is then the sum of
                 k's token losses over the sum of k's counts. For class weights they are ``weight[targets]``.
             reduction: ``"mean"``, or ``"sum"`` if the scalar is the sum over samples. ``g_k`` is in both cases the
@@ -152,16 +154,16 @@ class Regularizer:
             return loss
         session = self._take_session()
         check_loss(loss, session.micro_batches.samples)
-        self._calls += 1
-        if (self._calls - 1) % self.every:
+        due, coefficients = self._due(), hosted(self._advance)
+        if not due:
             return loss
         step = Step(session, loss, first_tensor(outputs), Reduction(reduction, scale, counts), self._differentiated())
         if self.check and not self._checked:
             refuse_offenders(loss, session, self._recorder.tracked_names())
-            self_check(step, self._recorder)
-            self._checked, self._recorder.keeps_outputs = True, False
+            self._checked = self_check(step, self._recorder)
+            self._recorder.keeps_outputs = not self._checked
         session.selected = self._choose(session.micro_batches.count)
-        penalty = self._penalty(step) * scale
+        penalty = self._penalty(step, coefficients) * scale
         return loss + (penalty - penalty.detach()).to(loss.dtype)
 
     def _by_perturbation(self, run: Callable[[], Tensor], reduction: Reduction) -> Tensor:
@@ -172,12 +174,11 @@ class Regularizer:
             )
         if not self._active() or not torch.is_grad_enabled():
             return run()
-        self._calls += 1
-        if (self._calls - 1) % self.every:
+        due, coefficients = self._due(), self._advance()
+        if not due:
             return run()
-        policies = self._policies()
-        loss = self._perturbed(run, reduction, self._weights(policies))
-        self._note(self._perturbed.values, self._perturbed.sq_norms, policies)
+        loss = self._perturbed(run, reduction, [own.weight * self.every for own in coefficients])
+        self._note(self._perturbed.values, self._perturbed.sq_norms, coefficients)
         return loss
 
     def remove(self) -> None:
@@ -204,6 +205,21 @@ class Regularizer:
         self._choice.set_state(state["choice"])
         for penalty, saved in zip(self.penalties, state["penalties"]):
             penalty.load_state_dict(saved)
+
+    def plan(self) -> tuple[bool, Hashable]:
+        """Of the next call in a compiled step: whether it must run eagerly, and what Python will decide in it.
+
+        Raises:
+            FastregError: it decides something anew in every step.
+        """
+        if self._perturbed is not None or self.fraction != 1:
+            raise FastregError(
+                "compile: a Regularizer must have method='exact' and fraction=1 inside a compiled function, got "
+                f"method={'exact' if self._perturbed is None else 'perturb'!r} and fraction={self.fraction}"
+            )
+        due = self._active() and self._due()
+        unchecked = self.check and not self._checked
+        return due and (unchecked or any(one.eager_next for one in self.penalties)), (due, self.enabled)
 
     def _active(self) -> bool:
         return self.enabled and self.model.training
@@ -236,24 +252,27 @@ class Regularizer:
             return ()
         return tuple(p for p in self._recorder.parameters if p.requires_grad)
 
-    def _penalty(self, step: Step) -> Tensor:
+    def _penalty(self, step: Step, coefficients: Sequence[Coefficient]) -> Tensor:
         for penalty in self.penalties:
             penalty.prepare(step)
         values = [penalty.value(step) for penalty in self.penalties]
         known = step.sq_norms.detach() if "sq_norms" in step.__dict__ else None
-        policies = self._policies()
-        self._note([value.detach() for value in values], known, policies)
-        return sum(weight * value for weight, value in zip(self._weights(policies), values, strict=True))
+        self._note([value.detach() for value in values], known, coefficients)
+        # Times every: which keeps the mean over steps.
+        return sum(own.weight * self.every * value for own, value in zip(coefficients, values, strict=True))
 
-    def _policies(self) -> list[Weight]:
-        return [one.policy(self.micro_batch_size) for one in self.penalties]
+    def _due(self) -> bool:
+        """Whether the next call applies the penalties."""
+        return self._calls % self.every == 0
 
-    def _weights(self, policies: Sequence[Weight]) -> list[float]:
-        """Coefficients at this step; ``every`` keeps their mean over steps."""
-        return [policy.at(self._calls - 1) * self.every for policy in policies]
+    def _advance(self) -> list[Coefficient]:
+        """Count a call; the coefficients at it."""
+        policies, step = [one.policy(self.micro_batch_size) for one in self.penalties], self._calls
+        self._calls += 1
+        return [Coefficient(policy.at(step), policy.rule_ratio(step)) for policy in policies]
 
-    def _note(self, values: Sequence[Tensor], sq_norms: Tensor | None, policies: Sequence[Weight]) -> None:
-        self.metrics = metrics(self.penalties, values, policies, self._calls - 1)
+    def _note(self, values: Sequence[Tensor], sq_norms: Tensor | None, coefficients: Sequence[Coefficient]) -> None:
+        self.metrics = metrics(self.penalties, values, coefficients)
         self.sq_norms = sq_norms
 
 

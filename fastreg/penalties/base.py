@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +111,7 @@ class Penalty(ABC):
         squares_loss: whether the gradients it squares are those of the loss itself.
         needs_gradient: whether it needs the gradient of the whole batch.
         centered: whether it is a variance about that gradient.
+        kept: names of attributes that hold tensors of the last step.
     """
 
     weight: float | Weight
@@ -118,6 +119,7 @@ class Penalty(ABC):
     squares_loss: ClassVar[bool] = False
     needs_gradient: bool = False
     centered: bool = False
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Weight):
@@ -132,6 +134,11 @@ class Penalty(ABC):
         if not isinstance(self.weight, Weight):
             return Fixed(self.weight)
         return self.weight.fitted(centered=self.centered, micro_batch_size=micro_batch_size)
+
+    @property
+    def eager_next(self) -> bool:
+        """Whether values of tensors decide what is done in the next step, which therefore is never a compiled one."""
+        return False
 
     def open(self, session: Session) -> None:
         """Say what is to be recorded besides norms, before a forward."""
@@ -167,17 +174,24 @@ class Penalty(ABC):
         """Restore :meth:`state_dict`."""
 
 
+class Coefficient(NamedTuple):
+    """Of a penalty at one step: its weight, and that in units of the rule for it, where there is one."""
+
+    weight: float | Tensor
+    rule_ratio: float | Tensor | None
+
+
 def metrics(
-    penalties: Sequence[Penalty], values: Sequence[Tensor], policies: Sequence[Weight], step: int
+    penalties: Sequence[Penalty], values: Sequence[Tensor], coefficients: Sequence[Coefficient]
 ) -> dict[str, Tensor]:
     """What is reported of a step: every value, their weighted sum, and the weights that are policies."""
     found = {f"fastreg/{penalty.name}": value.detach() for penalty, value in zip(penalties, values)}
-    found["fastreg/penalty"] = sum(policy.at(step) * value.detach() for policy, value in zip(policies, values))
-    for penalty, policy in zip(penalties, policies):
+    found["fastreg/penalty"] = sum(own.weight * value.detach() for own, value in zip(coefficients, values))
+    for penalty, own in zip(penalties, coefficients):
         if isinstance(penalty.weight, Weight):
-            found[f"fastreg/{penalty.name}_weight"] = torch.tensor(policy.at(step))
-            if (ratio := policy.rule_ratio(step)) is not None:
-                found[f"fastreg/{penalty.name}_rule_ratio"] = torch.tensor(ratio)
+            found[f"fastreg/{penalty.name}_weight"] = torch.as_tensor(own.weight, dtype=torch.float64)
+            if own.rule_ratio is not None:
+                found[f"fastreg/{penalty.name}_rule_ratio"] = torch.as_tensor(own.rule_ratio, dtype=torch.float64)
     return found
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.cross_entropy import cross_entropy, drawn_cross_entropy
 from fastreg.errors import FastregError
+from fastreg.hosted import hosted
 from fastreg.micro_batches import MicroBatches
 from fastreg.penalties.base import Step
 from fastreg.penalties.targets import Draws, TargetPenalty, predictions
@@ -76,6 +76,7 @@ class FisherTrace(TargetPenalty):
     labels: str = "sampled"
     last_labels: Tensor | None = field(default=None, init=False, repr=False)
     name: ClassVar[str] = "fisher_trace"
+    kept: ClassVar[tuple[str, ...]] = ("last_labels",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +108,7 @@ class FisherTrace(TargetPenalty):
 
     def _drawn(self, logits: Tensor) -> Tensor:
         """Draw labels; their losses ``[n]``, one per prediction."""
-        losses, labels = drawn_cross_entropy(logits.flatten(0, -2), self._draws.seed, self._draws.next())
+        losses, labels = drawn_cross_entropy(logits.flatten(0, -2), self._draws.seed, hosted(self._draws.next))
         self.last_labels = labels.view(logits.shape[:-1])
         return losses
 
@@ -159,4 +160,4 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 def _residual(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross entropy's gradient by the logits, as a constant."""
     p = logits.detach().softmax(-1)
-    return p - F.one_hot(labels, logits.shape[-1]).to(p.dtype)
+    return p.scatter_add(-1, labels.unsqueeze(-1), p.new_full((*labels.shape, 1), -1))

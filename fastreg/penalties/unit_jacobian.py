@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreg.errors import FastregError
+from fastreg.hosted import hosted
 from fastreg.loss import Reduction
 from fastreg.micro_batches import MicroBatches
 from fastreg.penalties.base import Step
@@ -56,6 +57,7 @@ class UnitJacobian(TargetPenalty):
     class_dim: int = -1
     last_directions: Tensor | None = field(default=None, init=False, repr=False)
     name: ClassVar[str] = "unit_jacobian"
+    kept: ClassVar[tuple[str, ...]] = ("last_directions",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,13 +93,15 @@ class UnitJacobian(TargetPenalty):
                 f"UnitJacobian: directions must be at most the number of classes, {classes}, to be orthogonal, got "
                 f"{self.directions}"
             )
-        drawn = self._draws.normal(cut.count, self.directions, classes)
+        shape, dtype, device = (cut.count, self.directions, classes), logits.dtype, logits.device
+        self.last_directions = hosted(lambda: self._directions(*shape).to(device, dtype))
+
+    def _directions(self, *shape: int) -> Tensor:
+        drawn = self._draws.normal(*shape)
         if self.orthogonal:
             # Columns of a Gaussian matrix's Q are uniform up to signs, which a square does not see.
-            drawn = torch.linalg.qr(drawn.mT)[0].mT
-        else:
-            drawn = drawn / drawn.norm(dim=-1, keepdim=True)
-        self.last_directions = drawn.to(logits.device, logits.dtype)
+            return torch.linalg.qr(drawn.mT)[0].mT
+        return drawn / drawn.norm(dim=-1, keepdim=True)
 
     def _along(self, logits: Tensor, cut: MicroBatches, j: int) -> Tensor:
         """``sum_i u_k(i)j . outputs_i``."""

@@ -14,6 +14,7 @@ from fastreg.curvature.operator import CurvatureOperator
 from fastreg.curvature.recurrence import lanczos
 from fastreg.curvature.vectors import unflatten
 from fastreg.errors import FastregError
+from fastreg.hosted import hosted
 from fastreg.penalties.base import Penalty, Step
 from fastreg.penalties.flat_weight import flat_drift_weight
 from fastreg.penalties.targets import Draws
@@ -82,6 +83,14 @@ class WithoutReplacement(Penalty):
                     raise FastregError(f"WithoutReplacement: {name} must be an integer >= 1, got {value!r}")
         self._draws, self._calls = Draws(self.seed), 0
 
+    @property
+    def eager_next(self) -> bool:
+        # It finds Ritz pairs then; how often a vector is made orthogonal is decided by values.
+        return self._ritz is None or self._calls % self.refresh == 0
+
+    def _count(self) -> None:
+        self._calls += 1
+
     def open(self, session: Session) -> None:
         if session.frame is not None:
             raise FastregError("WithoutReplacement: must be the only one of its Regularizer, got a second")
@@ -90,16 +99,16 @@ class WithoutReplacement(Penalty):
     def prepare(self, step: Step) -> None:
         if step.session.selected is not None:
             raise FastregError("WithoutReplacement: fraction must be 1, got less (its mean is over all micro-batches)")
-        if self._ritz is None or self._calls % self.refresh == 0:
-            self._ritz = _ritz_pairs(step, self.rank, self._draws)
-        self._calls += 1
+        refreshes = self.eager_next
+        hosted(self._count)
+        self._ritz = _ritz_pairs(step, self.rank, self._draws) if refreshes else hosted(lambda: self._ritz)
         named = {str(i): p for i, p in enumerate(step.parameters)}
         parts = unflatten(self._ritz[1].to(step.session.probe.dtype), named).values()
         step.session.frame.vectors = {id(p): part for p, part in zip(step.parameters, parts, strict=True)}
 
     def value(self, step: Step) -> Tensor:
         count = step.session.micro_batches.count if self.steps is None else self.steps
-        excess = 2 * flat_drift_weight(current(self.lr) * count * self._ritz[0]) - 1
+        excess = 2 * flat_drift_weight(hosted(lambda: current(self.lr)) * count * self._ritz[0]) - 1
         centred = step.projections - step.shares @ step.projections
         return step.variance() + step.shares @ centred.square() @ excess.to(centred)
 

@@ -15,11 +15,11 @@ from fastreg.kernels._launch import implementation
 from fastreg.kernels._registry import Op
 from fastreg.kernels.cross_entropy import examples, native, reference
 
-_HEAD = "Tensor? labels, Tensor scale, int seed, int draw) -> (Tensor, Tensor, Tensor"
+_HEAD = "Tensor? labels, Tensor scale, int seed, Tensor draw) -> (Tensor, Tensor, Tensor"
 
 FORWARD = Op(
     name="cross_entropy",
-    schema="(Tensor z, Tensor? labels, int seed, int draw) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor z, Tensor? labels, int seed, Tensor draw) -> (Tensor, Tensor, Tensor)",
     reference=reference.cross_entropy,
     examples=examples.examples_forward,
     implementations=(implementation("cross_entropy"), native.FORWARD),
@@ -54,7 +54,7 @@ DOUBLE_BACKWARD = Op(
 )
 
 
-def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Cross entropy of every row, and a label drawn from its softmax, in one read of the logits.
 
     ``loss_r = lse_r - z_{r, y_r}``, ``lse_r = log sum_c exp z_rc``. The drawn label is the first class at which the
@@ -66,7 +66,8 @@ def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: int) -> tup
         labels: [R] int64 classes ``y``; rows of -100 are ignored and have loss 0, any other number that names no
             class gives NaN. None takes the drawn labels.
         seed: of the random numbers, 64 bits.
-        draw: number of the draw with this seed, 64 bits; another number is an independent draw.
+        draw: number of the draw with this seed, 64 bits; another number is an independent draw. A 0-d tensor on the
+            CPU, which a traced graph can take as an input, does as well.
 
     Returns:
         loss [R] and lse [R] float32, or float64 for float64; drawn [R] int64.
@@ -85,11 +86,11 @@ def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: int) -> tup
         tensor([1.3863, 0.0000])
     """
     _check("cross_entropy", z, labels)
-    return FORWARD(z, labels, seed, draw)
+    return FORWARD(z, labels, seed, torch.as_tensor(draw))
 
 
 def cross_entropy_gradient(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""As :func:`cross_entropy`, with the gradient of ``sum_r scale_r loss_r`` written in the same pass.
 
@@ -117,11 +118,11 @@ def cross_entropy_gradient(
         tensor([[ 0.2500, -0.7500,  0.2500,  0.2500]])
     """
     _check("cross_entropy_gradient", z, labels, scale=scale)
-    return GRADIENT(z, labels, scale, seed, draw)
+    return GRADIENT(z, labels, scale, seed, torch.as_tensor(draw))
 
 
 def cross_entropy_gradient_(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""As :func:`cross_entropy_gradient`, with the gradient written over the logits: ``z`` becomes ``dz``.
 
@@ -147,7 +148,7 @@ def cross_entropy_gradient_(
         tensor([[ 0.2500, -0.7500,  0.2500,  0.2500]])
     """
     _check("cross_entropy_gradient_", z, labels, scale=scale)
-    results = GRADIENT_IN_PLACE(z, labels, scale, seed, draw)
+    results = GRADIENT_IN_PLACE(z, labels, scale, seed, torch.as_tensor(draw))
     # Autograd must see that a tensor it saved has changed; below the dispatcher nobody tells it.
     torch.autograd.graph.increment_version(z)
     return results

@@ -12,7 +12,7 @@ from fastreg.kernels.cross_entropy import reference
 # One class, few, odd, one past a block of short rows, one past the longest block; no rows.
 _SHAPES = ((3, 1), (70, 5), (13, 131), (5, 1025), (2, 4097), (0, 7))
 # Either word of each has bits set.
-_SEED, _DRAW = 0x1234567890ABCDEF, 0x500000003
+_SEED, _DRAW = 0x1234567890ABCDEF, torch.tensor(0x500000003)
 
 
 def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:

@@ -13,13 +13,13 @@ _BACKWARD = _native.calls("cross_entropy_backward")
 _DOUBLE_BACKWARD = _native.calls("cross_entropy_double_backward")
 
 
-def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``z [R, C], labels [R] -> loss [R], lse [R], drawn [R]``."""
     return _head(z.contiguous(), labels, None, None, seed, draw)
 
 
 def cross_entropy_gradient(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``z [R, C], labels, scale [R] -> loss [R], lse [R], drawn [R], dz [R, C]``."""
     z = z.contiguous()
@@ -28,7 +28,7 @@ def cross_entropy_gradient(
 
 
 def cross_entropy_gradient_(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`cross_entropy_gradient`, with dz written over z."""
     dense = z.contiguous()
@@ -39,12 +39,12 @@ def cross_entropy_gradient_(
 
 
 def _head(
-    z: Tensor, labels: Tensor | None, scale: Tensor | None, dz: Tensor | None, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor | None, dz: Tensor | None, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [None if t is None else t.contiguous() for t in (z, labels, scale)]
     results = z.new_empty(z.shape[0]), z.new_empty(z.shape[0]), z.new_empty(z.shape[0], dtype=torch.int64)
     _HEAD[z.dtype](
-        [_address(t) for t in inputs], [_address(t) for t in (*results, dz)], *z.shape, seed, draw,
+        [_address(t) for t in inputs], [_address(t) for t in (*results, dz)], *z.shape, seed, int(draw),
         torch.get_num_threads(),
     )  # fmt: skip
     return results

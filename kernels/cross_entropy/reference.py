@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels._checks import accumulator
+from fastreg.kernels._philox import halves, philox
 
 # As torch.nn.functional.cross_entropy has it: a row of this label has no loss and no gradient.
 IGNORED = -100
-_LOW = 0xFFFFFFFF
-# Multipliers and key increments of Philox-4x32.
-_FACTORS = (0xD2511F53, 0xCD9E8D57)
-_RAISES = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
 
 
-def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``z [R, C], labels [R] -> loss [R], lse [R], drawn [R]``."""
     wide = z.to(accumulator(z.dtype))
     lse = wide.logsumexp(1)
@@ -46,7 +42,7 @@ def cross_entropy_double_backward(
 
 
 def cross_entropy_gradient(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``z [R, C], labels, scale [R] -> loss [R], lse [R], drawn [R], dz [R, C]``."""
     loss, lse, drawn = cross_entropy(z, labels, seed, draw)
@@ -54,7 +50,7 @@ def cross_entropy_gradient(
 
 
 def cross_entropy_gradient_(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`cross_entropy_gradient`, with dz written over z."""
     *results, dz = cross_entropy_gradient(z, labels, scale, seed, draw)
@@ -62,31 +58,15 @@ def cross_entropy_gradient_(
     return tuple(results)
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox-4x32-10: four words of 32 random bits per counter of four words, all held in int64.
-
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # The products wrap around 64 bits, which leaves both halves as they are.
-        first, second = c0 * _FACTORS[0], c2 * _FACTORS[1]
-        c0, c1 = (second >> 32 & _LOW) ^ c1 ^ k0, second & _LOW
-        c2, c3 = (first >> 32 & _LOW) ^ c3 ^ k1, first & _LOW
-        k0, k1 = (k0 + _RAISES[0]) & _LOW, (k1 + _RAISES[1]) & _LOW
-    return c0, c1, c2, c3
-
-
-def uniforms(rows: int, seed: int, draw: int, device: torch.device) -> Tensor:
+def uniforms(rows: int, seed: int, draw: Tensor, device: torch.device) -> Tensor:
     """One number per row, inside (0, 1) and with 32 random bits: ``[R]`` float64."""
     row = torch.arange(rows, device=device)
     zero = torch.zeros_like(row)
-    counter = (row & _LOW, row >> 32, zero + (draw & _LOW), zero + (draw >> 32 & _LOW))
-    return (philox(counter, (seed & _LOW, seed >> 32 & _LOW))[0].double() + 0.5) / 2**32
+    counter = (*halves(row), *(zero + half for half in halves(draw)))
+    return (philox(counter, halves(seed))[0].double() + 0.5) / 2**32
 
 
-def _drawn(wide: Tensor, lse: Tensor, seed: int, draw: int) -> Tensor:
+def _drawn(wide: Tensor, lse: Tensor, seed: int, draw: Tensor) -> Tensor:
     """The first class at which the cumulative probability exceeds the row's uniform number."""
     p = (wide - lse.unsqueeze(1)).double().exp()
     cumulative = p.cumsum(1)

@@ -185,13 +185,13 @@ def double_backward_kernel(
         tl.store(grad_z_ptr + at, grad_z, mask=mask_r[:, None] & (classes < C))
 
 
-def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: int) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy(z: Tensor, labels: Tensor | None, seed: int, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``z [R, C], labels [R] -> loss [R], lse [R], drawn [R]``."""
     return _head(z.contiguous(), labels, None, None, seed, draw)
 
 
 def cross_entropy_gradient(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``z [R, C], labels, scale [R] -> loss [R], lse [R], drawn [R], dz [R, C]``."""
     z = z.contiguous()
@@ -200,7 +200,7 @@ def cross_entropy_gradient(
 
 
 def cross_entropy_gradient_(
-    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`cross_entropy_gradient`, with dz written over z."""
     dense = z.contiguous()
@@ -211,7 +211,7 @@ def cross_entropy_gradient_(
 
 
 def _head(
-    z: Tensor, labels: Tensor | None, scale: Tensor | None, dz: Tensor | None, seed: int, draw: int
+    z: Tensor, labels: Tensor | None, scale: Tensor | None, dz: Tensor | None, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     (rows, classes), chosen = z.shape, config(z.shape[1])
     loss, lse = (z.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -219,7 +219,7 @@ def _head(
     launch(
         head_kernel, (triton.cdiv(rows, chosen.ROWS),),
         z, labels if labels is None else labels.contiguous(), scale if scale is None else scale.contiguous(),
-        loss, lse, drawn, dz, rows, classes, seed, draw,
+        loss, lse, drawn, dz, rows, classes, seed, int(draw),
         ROWS=chosen.ROWS, BLOCK=chosen.BLOCK, PARTS=triton.next_power_of_2(triton.cdiv(classes, chosen.BLOCK)),
         warps=chosen.warps,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from fastreg.kernels import _cuda, _native
 from fastreg.kernels._registry import Implementation
@@ -46,7 +47,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def native_why_not(_rule: str, lists: Lists, *_rest: object) -> str | None:
     """As for every native op, asked of all tensors."""
-    return _native.why_not(lists[0][0]) or _scattered(lists)
+    return _native.why_not(lists[0][0]) or _unfit(lists)
 
 
 def cuda_why_not(_rule: str, lists: Lists, *_rest: object) -> str | None:
@@ -58,10 +59,13 @@ def cuda_why_not(_rule: str, lists: Lists, *_rest: object) -> str | None:
         return f"it runs on GPUs, the tensors are on {first.device.type}"
     if first.dtype != torch.float32:
         return f"it takes float32, not {first.dtype}"
-    return _scattered(lists)
+    return _unfit(lists)
 
 
-def _scattered(lists: Lists) -> str | None:
+def _unfit(lists: Lists) -> str | None:
+    # No operators of torch's: nobody who listens to those would hear of them.
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        return "a graph of torch's operators is being made"
     if all(tensor.is_contiguous() for tensors in lists for tensor in tensors):
         return None
     return "it takes contiguous tensors"
