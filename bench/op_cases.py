@@ -6,8 +6,10 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from fastreg.kernels import registry
+from fastreg.kernels.attention import Pattern
 
 Arguments = tuple[object, ...]
 
@@ -229,6 +231,41 @@ def _cross_entropy_cases(rows: int, classes: int) -> list[OpCase]:
     ]
 
 
+def _attention_cases(
+    samples: int, heads: int, shared: int, length: int, width: int, documents: int = 1, dropout: float = 0.0
+) -> list[OpCase]:
+    """Causal attention within equal documents, its backward and double backward; ``shared`` heads of keys."""
+    label = f"B={samples} H={heads} J={shared} T={length} E={width}"
+    label += f" documents={documents}" * (documents > 1) + f" dropout={dropout}" * (dropout > 0)
+    queries, keys = (samples, heads, length, width), (samples, shared, length, width)
+    at_queries, at_keys = prod(queries), prod(keys)
+    # Half of the pairs of a query and a key of one document.
+    product = at_queries * length // documents
+    rivals = {} if documents > 1 or dropout else {"F.scaled_dot_product_attention": _torchs_attention}
+
+    def pattern(device: str) -> Pattern:
+        first = torch.arange(length, device=device) * documents // length * length // documents
+        spans = torch.stack([first, first + length // documents]).int() if documents > 1 else None
+        seed = torch.tensor([1], device=device) if dropout else None
+        return Pattern(spans=spans, seed=seed, scale=width**-0.5, right=0, dropout=dropout)
+
+    def drawn(dtype: torch.dtype, device: str, directions: int) -> Arguments:
+        q, k, v, *rest = _normal(dtype, device, queries, keys, keys, *(queries, queries, keys, keys)[:directions])
+        lse = registry()["attention_forward"](q, k, v, *pattern(device))[1:] if directions else ()
+        return (q, k, v, *lse, *rest, *pattern(device))
+
+    moved = 2 * at_queries + 2 * at_keys, 3 * at_queries + 4 * at_keys, 5 * at_queries + 6 * at_keys
+    return [
+        OpCase("attention_forward", label, lambda t, d: drawn(t, d, 0), moved[0], 2 * product, rivals),
+        OpCase("attention_backward", label, lambda t, d: drawn(t, d, 1), moved[1], 5 * product),
+        OpCase("attention_double_backward", label, lambda t, d: drawn(t, d, 4), moved[2], 12 * product),
+    ]
+
+
+def _torchs_attention(q: Tensor, k: Tensor, v: Tensor, *_pattern: object) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 # A small GPT's layers, an MLP's hidden layer sample by sample, and a norm over an image's pixels.
 CPU_CASES = [
     *_linear_cases(1024, 256, 256, 8),
@@ -263,4 +300,8 @@ def gpu_cases(shrink: int = 1) -> list[OpCase]:
         *_cross_entropy_cases(8192 // shrink, 131072),
         *_cross_entropy_cases(4096 // shrink, 50257),
         *_cross_entropy_cases(65536 // shrink, 48),
+        *_attention_cases(16 // min(shrink, 16), 12, 12, 1024 // min(shrink, 16), 64),
+        *_attention_cases(16 // min(shrink, 16), 12, 12, 1024 // min(shrink, 16), 64, documents=4),
+        *_attention_cases(16 // min(shrink, 16), 12, 12, 1024 // min(shrink, 16), 64, dropout=0.1),
+        *_attention_cases(1, 32 // min(shrink, 4), 8 // min(shrink, 4), 4096 // min(shrink, 32), 128),
     ]

@@ -1,7 +1,8 @@
-// Backward and double backward of softmax attention, one head of one sample at a time. The softmax is recomputed from
-// its log-sum-exp; nothing of the size of the scores outlives a head.
+// Softmax attention, its backward and its double backward. The softmax is recomputed from its log-sum-exp, some rows
+// of it at a time: nothing of the size of the scores is kept.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace fastreg {
@@ -11,6 +12,8 @@ template <class T>
 struct Rows {
   const T* data;
   std::int64_t stride;
+
+  Rows from(std::int64_t row) const { return {data + row * stride, stride}; }
 };
 
 // An operand [samples, heads, length, width] in any layout whose rows are contiguous.
@@ -18,25 +21,53 @@ template <class T>
 struct Operand {
   const T* data;
   std::int64_t sample_stride, head_stride, row_stride;
-  std::int64_t heads;
 
-  Rows<T> operator[](std::int64_t i) const {
-    return {data + i / heads * sample_stride + i % heads * head_stride, row_stride};
+  Rows<T> at(std::int64_t sample, std::int64_t head) const {
+    return {data + sample * sample_stride + head * head_stride, row_stride};
   }
 };
 
-// Results are [samples, heads, length, width] and lse is [samples, heads, length], contiguous.
+// `shared` heads of keys divide the `heads` of queries.
+struct AttentionShape {
+  std::int64_t samples, heads, shared, queries, keys, width;
+
+  std::int64_t group() const { return heads / shared; }
+};
+
+// Which keys a query sees, what is added to its scores, and what is dropped.
+template <class T>
+struct Pattern {
+  const void* mask;  // bool (seen) or T (added), element (sample, head, query, key) at the strides; or null
+  bool boolean;
+  std::array<std::int64_t, 4> strides;
+  const std::int32_t* spans;  // [2, queries], first key and end; or null
+  std::uint64_t seed;
+  std::uint32_t threshold;  // an entry is kept if its random word reaches it; 0 without dropout
+  T factor;                 // of what is kept
+  T scale;
+  std::int64_t left, right;  // query - key <= left, key - query <= right; negative: no bound
+};
+
+// Results are contiguous: those of queries [samples, heads, queries, width], those of keys [samples, shared, keys,
+// width], lse [samples, heads, queries]. Those of keys are added to: they must be zero before.
+template <class T>
+struct AttentionForward {
+  Operand<T> q, k, v;
+  T *out, *lse;
+  AttentionShape shape;
+  Pattern<T> pattern;
+  int threads;
+};
+
+// d is the gradient of the output.
 template <class T>
 struct AttentionBackward {
-  Operand<T> q, k, v, d;  // d: gradient of the output
+  Operand<T> q, k, v, d;
   const T* lse;
   T *dq, *dk, *dv;
-  std::int64_t samples, length, width;
-  T scale;
-  bool causal;
+  AttentionShape shape;
+  Pattern<T> pattern;
   int threads;
-
-  std::int64_t heads() const { return samples * q.heads; }
 };
 
 // Given vq, vk, vv, the gradients of dq, dk, dv: those of d, q, k, v.
@@ -45,14 +76,13 @@ struct AttentionDoubleBackward {
   Operand<T> q, k, v, d, vq, vk, vv;
   const T* lse;
   T *grad_d, *grad_q, *grad_k, *grad_v;
-  std::int64_t samples, length, width;
-  T scale;
-  bool causal;
+  AttentionShape shape;
+  Pattern<T> pattern;
   int threads;
-
-  std::int64_t heads() const { return samples * q.heads; }
 };
 
+template <class T>
+void attention_forward(const AttentionForward<T>& p);
 template <class T>
 void attention_backward(const AttentionBackward<T>& p);
 template <class T>

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 
 #include "affine_sqnorm.h"
 #include "attention.h"
@@ -170,27 +171,51 @@ void bind_cross_entropy(py::module_& m, const std::string& suffix) {
 using Strided = std::array<std::int64_t, 4>;
 
 template <class T>
-Operand<T> operand(const Strided& of, Size heads) {
-  return {at<T>(static_cast<Address>(of[0])), of[1], of[2], of[3], heads};
+Operand<T> operand(const Strided& of) {
+  return {at<T>(static_cast<Address>(of[0])), of[1], of[2], of[3]};
+}
+
+// samples, heads of queries, heads of keys, queries, keys, width
+using AttentionSizes = std::array<Size, 6>;
+
+AttentionShape attention_shape(const AttentionSizes& s) { return {s[0], s[1], s[2], s[3], s[4], s[5]}; }
+
+// mask, whether it is bool, its strides, spans, seed, threshold, factor, scale, left, right
+using PatternFields =
+    std::tuple<Address, bool, std::array<Size, 4>, Address, std::uint64_t, std::uint32_t, double, double, Size, Size>;
+
+template <class T>
+Pattern<T> pattern(const PatternFields& f) {
+  return {at<const void>(std::get<0>(f)), std::get<1>(f), std::get<2>(f), at<const std::int32_t>(std::get<3>(f)),
+          std::get<4>(f), std::get<5>(f), static_cast<T>(std::get<6>(f)), static_cast<T>(std::get<7>(f)),
+          std::get<8>(f), std::get<9>(f)};
 }
 
 template <class T>
 void bind_attention(py::module_& m, const std::string& suffix) {
+  m.def(("attention_forward" + suffix).c_str(),
+        [](const std::array<Strided, 3>& in, const std::array<Address, 2>& out, const AttentionSizes& sizes,
+           const PatternFields& fields, int threads) {
+          const auto x = [&](int i) { return operand<T>(in[i]); };
+          attention_forward<T>({x(0), x(1), x(2), at<T>(out[0]), at<T>(out[1]), attention_shape(sizes),
+                                pattern<T>(fields), threads});
+        },
+        Unlocked());
   m.def(("attention_backward" + suffix).c_str(),
-        [](const std::array<Strided, 4>& in, Address lse, const std::array<Address, 3>& out, Size samples, Size heads,
-           Size length, Size width, double scale, bool causal, int threads) {
-          const auto x = [&](int i) { return operand<T>(in[i], heads); };
+        [](const std::array<Strided, 4>& in, Address lse, const std::array<Address, 3>& out,
+           const AttentionSizes& sizes, const PatternFields& fields, int threads) {
+          const auto x = [&](int i) { return operand<T>(in[i]); };
           attention_backward<T>({x(0), x(1), x(2), x(3), at<T>(lse), at<T>(out[0]), at<T>(out[1]), at<T>(out[2]),
-                                 samples, length, width, static_cast<T>(scale), causal, threads});
+                                 attention_shape(sizes), pattern<T>(fields), threads});
         },
         Unlocked());
   m.def(("attention_double_backward" + suffix).c_str(),
-        [](const std::array<Strided, 7>& in, Address lse, const std::array<Address, 4>& out, Size samples, Size heads,
-           Size length, Size width, double scale, bool causal, int threads) {
-          const auto x = [&](int i) { return operand<T>(in[i], heads); };
+        [](const std::array<Strided, 7>& in, Address lse, const std::array<Address, 4>& out,
+           const AttentionSizes& sizes, const PatternFields& fields, int threads) {
+          const auto x = [&](int i) { return operand<T>(in[i]); };
           attention_double_backward<T>({x(0), x(1), x(2), x(3), x(4), x(5), x(6), at<T>(lse), at<T>(out[0]),
-                                        at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), samples, length, width,
-                                        static_cast<T>(scale), causal, threads});
+                                        at<T>(out[1]), at<T>(out[2]), at<T>(out[3]), attention_shape(sizes),
+                                        pattern<T>(fields), threads});
         },
         Unlocked());
 }

@@ -2,13 +2,13 @@
 #include "cross_entropy.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "machine.h"
 #include "parallel.h"
+#include "philox.h"
 #include "simd.h"
 #include "vector_math.h"
 
@@ -20,14 +20,6 @@ using Index = std::int64_t;
 constexpr Index kIgnored = -100;
 // Classes whose exponentials are summed together: a draw reads one such run of a row again.
 constexpr Index kRun = 256;
-
-// exp(y) for y <= 0, with 0 for -inf and NaN for NaN.
-FASTREG_INLINE float exp_of(float y) {
-  const float e = exp_nonpositive(y);
-  return y >= -87.0f ? e : (y < -87.0f ? 0.0f : y);
-}
-
-FASTREG_INLINE double exp_of(double y) { return std::exp(y); }
 
 // e[i] = exp(z[i] - top), where e may be z; returns their sum.
 template <class T>
@@ -63,20 +55,9 @@ FASTREG_INLINE T at_label(const T* x, Index label, Index classes) {
   return label >= 0 && label < classes ? x[label] : T(0);
 }
 
-// The first word of Philox-4x32-10 (Salmon et al. 2011), as a number inside (0, 1).
 double uniform(std::uint64_t seed, std::uint64_t draw, std::uint64_t row) {
-  using Word = std::uint32_t;
-  std::array<Word, 4> c = {static_cast<Word>(row), static_cast<Word>(row >> 32), static_cast<Word>(draw),
-                           static_cast<Word>(draw >> 32)};
-  Word k0 = static_cast<Word>(seed), k1 = static_cast<Word>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t first = std::uint64_t{0xD2511F53} * c[0], second = std::uint64_t{0xCD9E8D57} * c[2];
-    c = {static_cast<Word>(second >> 32) ^ c[1] ^ k0, static_cast<Word>(second),
-         static_cast<Word>(first >> 32) ^ c[3] ^ k1, static_cast<Word>(first)};
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return (c[0] + 0.5) * 0x1p-32;
+  const Word word = philox({low_word(row), high_word(row), low_word(draw), high_word(draw)}, seed);
+  return (word + 0.5) * 0x1p-32;
 }
 
 // The first of n exponentials at which the running sum, so far `before`, exceeds the target.

@@ -12,13 +12,20 @@
 
 namespace fastreg {
 
-// Which part of a product with a triangular factor or result is computed; i counts rows of the result, k the
-// reduction.
+struct Range {
+  std::int64_t from, to;
+};
+
+// How the left factor lies in memory: panels along the reduction, or as it was, with `left_stride` between its rows or,
+// if its rows are the reduction, between those. Packing pays where a panel meets several panels of columns.
+enum class Layout { kPacked, kByRows, kByDepth };
+
+// Which part of a product is computed; the rest is left alone, or known to be zero.
 enum class Band {
   kFull,
-  kLower,      // results with j <= i; the rest is left alone
-  kDepthTo,    // the reduction stops at k <= i
-  kDepthFrom,  // the reduction starts at k >= i
+  kLower,    // results with j <= i, where i counts rows
+  kColumns,  // results whose panel of columns meets the range of their panel of rows
+  kDepth,    // the reduction runs over the range of the panel of rows
 };
 
 template <class T, int BYTES, int HEIGHT>
@@ -115,30 +122,54 @@ struct Gemm {
     T alpha;
     bool add;
     Band band;
+    const Range* ranges = nullptr;  // one per panel of `left`
+    std::int64_t left_stride = 0;
   };
 
+  template <Layout L = Layout::kPacked>
   static FASTREG_INLINE void multiply(const Product& p) {
     // A right panel stays in the first cache while the left ones pass by.
     for (std::int64_t j = 0; j < p.columns; j += WIDTH) {
       const std::int64_t first = p.band == Band::kLower ? j / TALL * TALL : 0;
       for (std::int64_t i = first; i < p.rows; i += TALL) {
-        const std::int64_t from = p.band == Band::kDepthFrom ? i : 0;
-        const std::int64_t to = p.band == Band::kDepthTo ? std::min(p.depth, i + TALL) : p.depth;
-        tile(p, i, j, from, to);
+        Range depth = {0, p.depth};
+        if (p.ranges != nullptr) {
+          const Range range = p.ranges[i / TALL];
+          if (p.band == Band::kDepth) depth = range;
+          else if (range.to <= j || j + WIDTH <= range.from) continue;
+        }
+        tile<L>(p, i, j, depth);
       }
     }
   }
 
-  static FASTREG_INLINE void tile(const Product& p, std::int64_t i, std::int64_t j, std::int64_t from, std::int64_t to) {
+  template <Layout L>
+  static FASTREG_INLINE void tile(const Product& p, std::int64_t i, std::int64_t j, Range depth) {
     V sum[TALL][2] = {};
-    const T* left = p.left + i * p.depth + from * TALL;
-    const T* right = p.right + j * p.depth + from * WIDTH;
-    for (std::int64_t k = from; k < to; ++k, left += TALL, right += WIDTH) {
-      const V first = load(right), second = load(right + LANES);
+    const T* right = p.right + j * p.depth + depth.from * WIDTH;
+    if constexpr (L == Layout::kByRows) {
+      // Rows past the last are copies of it, which `edge` leaves out.
+      const T* left[TALL];
+      for (int r = 0; r < TALL; ++r) left[r] = p.left + std::min(i + r, p.rows - 1) * p.left_stride;
+      for (std::int64_t k = depth.from; k < depth.to; ++k, right += WIDTH) {
+        const V first = load(right), second = load(right + LANES);
 #pragma GCC unroll 16
-      for (int r = 0; r < TALL; ++r) {
-        sum[r][0] += first * left[r];
-        sum[r][1] += second * left[r];
+        for (int r = 0; r < TALL; ++r) {
+          sum[r][0] += first * left[r][k];
+          sum[r][1] += second * left[r][k];
+        }
+      }
+    } else {
+      const bool packed = L == Layout::kPacked;
+      const std::int64_t step = packed ? TALL : p.left_stride;
+      const T* left = p.left + (packed ? i * p.depth : i) + depth.from * step;
+      for (std::int64_t k = depth.from; k < depth.to; ++k, left += step, right += WIDTH) {
+        const V first = load(right), second = load(right + LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < TALL; ++r) {
+          sum[r][0] += first * left[r];
+          sum[r][1] += second * left[r];
+        }
       }
     }
     const int rows = static_cast<int>(std::min<std::int64_t>(TALL, p.rows - i));

@@ -42,4 +42,12 @@ FASTREG_INLINE float exp_nonpositive(float y) {
 
 FASTREG_INLINE double exp_nonpositive(double y) { return std::exp(y); }
 
+// exp(y) for y <= 0, with 0 for -inf and NaN for NaN.
+FASTREG_INLINE float exp_of(float y) {
+  const float e = exp_nonpositive(y);
+  return y >= -87.0f ? e : (y < -87.0f ? 0.0f : y);
+}
+
+FASTREG_INLINE double exp_of(double y) { return std::exp(y); }
+
 }  // namespace fastreg

@@ -1,5 +1,8 @@
 r"""Scaled dot-product attention that can be differentiated twice, with both backward passes written by hand.
 
+The general form, which stores the softmax: for whoever asks for it (``need_weights``), for operands without a dimension
+of heads, for values of another width than keys. :mod:`fastreg.fused_attention` serves the rest.
+
 Per head, with ``S = c Q K^T + mask``, ``P = softmax(S)`` and the dropout factors ``M`` (absent without dropout):
 
     forward          W = M P,  O = W V

@@ -1,6 +1,6 @@
-"""Self-attention without mask or dropout: torch's fused forward, and two backward passes that recompute the softmax.
+"""Attention whose two backward passes recompute the softmax: nothing of the size of the scores is stored.
 
-Nothing of the size of the scores is stored. :mod:`fastreg.attention` has the general form.
+:mod:`fastreg.attention` has the form that returns the softmax and takes operands of any shape.
 """
 
 from __future__ import annotations
@@ -8,54 +8,70 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fastreg.kernels import attention_backward, attention_double_backward
-
-_LIMIT = 4096
+from fastreg.kernels import Pattern, attention_backward, attention_double_backward, attention_forward
 
 
-def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the fused form serves these operands, ``[B, H, T, E]`` each.
+def fits(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> bool:
+    """Whether the fused form serves these operands: ``[B, H, T, E]``, and ``[B, J, U, E]`` twice.
 
-    Beyond 4096 tokens one head's scores leave the cache of any CPU, and the general form is no slower.
+    ``J = H``, or a divisor of H if heads are ``grouped``.
     """
-    same = query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype
-    cpu = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
-    cpu = cpu and not torch.is_autocast_enabled("cpu")
-    return same and cpu and query.dim() == 4 and 0 < query.shape[2] <= _LIMIT and query.numel() > 0
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or 0 in (*query.shape, *key.shape):
+        return False
+    (samples, heads, _, width), (of_samples, shared, _, of_width) = query.shape, key.shape
+    if query.device.type not in ("cpu", "cuda") or not query.dtype == key.dtype == value.dtype:
+        return False
+    return samples == of_samples and width == of_width and (heads == shared or (grouped and heads % shared == 0))
 
 
 class FusedAttention(Function):
-    """``softmax(scale q k^T) v`` for ``[B, H, T, E]``; the arguments are those of the general form."""
+    """``attention_forward``, differentiable twice; its log-sum-exp carries no gradient."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        ctx.scale, ctx.causal = scale, causal
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tuple[Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = attention_forward(q, k, v, *pattern)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, lse)
-        return out
+        ctx.mark_non_differentiable(lse)
+        _keep(ctx, pattern, q, k, v, lse)
+        return out, lse
 
     @staticmethod
-    def backward(ctx, d: Tensor | None):
+    def backward(ctx: FunctionCtx, d: Tensor | None, _of_lse: None) -> tuple[Tensor | None, ...]:
         if d is None:
-            return (None,) * 5
-        return *FusedAttentionBackward.apply(d, *ctx.saved_tensors, ctx.scale, ctx.causal), None, None
+            return (None,) * (3 + len(Pattern._fields))
+        (q, k, v, lse), pattern = _kept(ctx)
+        return *FusedAttentionBackward.apply(d, q, k, v, lse, *pattern), *(None,) * len(pattern)
 
 
 class FusedAttentionBackward(Function):
     """The backward of :class:`FusedAttention`, differentiable once more by hand."""
 
     @staticmethod
-    def forward(ctx, d: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, causal: bool):
-        ctx.scale, ctx.causal = scale, causal
-        ctx.save_for_backward(d, q, k, v, lse)
-        return attention_backward(q, k, v, lse, d, scale, causal)
+    def forward(
+        ctx: FunctionCtx, d: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *pattern: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _keep(ctx, pattern, d, q, k, v, lse)
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_backward(q, k, v, lse, d, *pattern)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vq: Tensor, vk: Tensor, vv: Tensor):
-        d, q, k, v, lse = ctx.saved_tensors
-        return *attention_double_backward(q, k, v, lse, d, vq, vk, vv, ctx.scale, ctx.causal), None, None, None
+    def backward(ctx: FunctionCtx, vq: Tensor, vk: Tensor, vv: Tensor) -> tuple[Tensor | None, ...]:
+        (d, q, k, v, lse), pattern = _kept(ctx)
+        with torch.autocast(q.device.type, enabled=False):
+            grads = attention_double_backward(q, k, v, lse, d, vq, vk, vv, *pattern)
+        return *grads, None, *(None,) * len(pattern)
 
+
+def _keep(ctx: FunctionCtx, pattern: tuple[object, ...], *tensors: Tensor) -> None:
+    mask, spans, seed, *numbers = pattern
+    ctx.numbers = numbers
+    ctx.save_for_backward(*tensors, mask, spans, seed)
+
+
+def _kept(ctx: FunctionCtx) -> tuple[tuple[Tensor, ...], Pattern]:
+    *tensors, mask, spans, seed = ctx.saved_tensors
+    return tuple(tensors), Pattern(mask, spans, seed, *ctx.numbers)

@@ -473,8 +473,9 @@ def test_operations_of_attention_are_those_of_its_products() -> None:
     q, product = torch.ones(2, 3, 5, 8), 2 * 2 * 3 * 5 * 5 * 8
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
     assert flops.count(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * product
-    assert flops.count(lambda: kernels.attention_backward(q, q, q, lse, out, 1.0, False)) == 5 * product
-    double = (q, q, q, lse, out, q, q, q, 1.0, False)
+    assert flops.count(lambda: kernels.attention_forward(q, q, q, *kernels.Pattern())) == 2 * product
+    assert flops.count(lambda: kernels.attention_backward(q, q, q, lse, out, *kernels.Pattern())) == 5 * product
+    double = (q, q, q, lse, out, q, q, q, *kernels.Pattern())
     assert flops.count(lambda: kernels.attention_double_backward(*double)) == 12 * product
 
 

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 import layer_oracle
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.recording import Recorder
 from fastreg.rules.attention import attend
+from fastreg.rules.packed_attention import spans_of
 from layer_oracle import EXACT, error
 
 SAMPLES, WIDTH = 5, 8
@@ -72,6 +75,117 @@ def test_every_derivative_is_that_of_the_composite(name: str) -> None:
         want = derivatives(F.scaled_dot_product_attention, operands, settings)
     for got, expected in zip(derivatives(renamed, operands, settings), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=EXACT, atol=EXACT * float(expected.detach().abs().max()))
+
+
+def routed(*operands: Tensor, **settings: object) -> Tensor:
+    """As a model calls it under a recorder."""
+    model = Asks(settings)
+    recorder = Recorder(model, 2, model.parameters(), lambda: True)
+    try:
+        return model(*operands)
+    finally:
+        recorder.remove()
+
+
+class Asks(nn.Module):
+    """Nothing but the function; its parameter is there because a recorder asks for one."""
+
+    def __init__(self, settings: dict) -> None:
+        super().__init__()
+        self.settings, self.unused = settings, nn.Parameter(torch.zeros(()))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, **self.settings)
+
+
+def saved_sizes(function: Callable[[], object]) -> list[int]:
+    """Numbers in each tensor that the graph of a result keeps."""
+    sizes: list[int] = []
+
+    def keep(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        function()
+    return sizes
+
+
+NO_DROPOUT = [name for name, (*_, settings) in CASES.items() if not settings.get("dropout_p")]
+
+
+@pytest.mark.parametrize("name", NO_DROPOUT)
+def test_the_rule_is_the_composite(name: str) -> None:
+    torch.manual_seed(1)
+    *shapes, settings = CASES[name]
+    if isinstance(settings.get("attn_mask"), str):
+        settings = {**settings, "attn_mask": mask_of(settings["attn_mask"])}
+    operands = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    with sdpa_kernel(SDPBackend.MATH):
+        want = derivatives(F.scaled_dot_product_attention, operands, settings)
+    for got, expected in zip(derivatives(routed, operands, settings), want, strict=True):
+        # With one key the softmax is constant: what is 0 in the one way is rounding in the other.
+        size = max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(got, expected, rtol=EXACT, atol=EXACT * size)
+
+
+LONG: dict[str, dict] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "mask": {"attn_mask": torch.arange(50) < torch.tensor([50, 20])[:, None, None, None]},
+    "dropout": {"dropout_p": 0.3},
+    "grouped": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LONG)
+def test_nothing_of_the_size_of_the_scores_is_kept(name: str, dtype: torch.dtype) -> None:
+    q = torch.randn(2, 4, 50, 3).to(dtype).requires_grad_()
+    k = torch.randn(2, 2 if name == "grouped" else 4, 50, 3).to(dtype).requires_grad_()
+
+    def twice() -> None:
+        out = routed(q, k, k, **LONG[name])
+        torch.autograd.grad(out.sum(), [q, k], create_graph=True)
+
+    assert max(saved_sizes(twice)) == q.numel()
+
+
+def test_dropout_follows_the_generator() -> None:
+    q = torch.randn(2, 4, 50, 3, requires_grad=True)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(routed(q, q, q, dropout_p=0.5))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    torch.manual_seed(1)
+    first = routed(q, q, q, dropout_p=0.5)
+    assert not torch.equal(first, routed(q, q, q, dropout_p=0.5))
+    torch.manual_seed(1)
+    again = checkpoint(lambda x: routed(x, x, x, dropout_p=0.5), q, use_reentrant=False)
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), q)[0] for out in (first, again)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"attn_mask": torch.ones(9, 9).tril().log()}, {"dropout_p": 0.2}])
+def test_autocast_computes_in_its_dtype(settings: dict) -> None:
+    torch.manual_seed(1)
+    operands = [torch.randn(2, 3, 9, 16, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(2)
+        got = routed(*operands, **settings)
+        (grad,) = torch.autograd.grad(got.float().square().sum(), operands[0], create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), operands[1])
+    assert got.dtype == torch.bfloat16 and grad.dtype == torch.float32
+    low = [t.detach().bfloat16().double().requires_grad_() for t in operands]
+    torch.manual_seed(2)
+    want = routed(*low, **settings)
+    (exact,) = torch.autograd.grad(want.square().sum(), low[0], create_graph=True)
+    (twice,) = torch.autograd.grad(exact.square().sum(), low[1])
+    # Every result is rounded once, and the third comes of two that are.
+    step = torch.finfo(torch.bfloat16).eps
+    assert error(got, want) < step
+    assert error(grad, exact) < 2 * step
+    assert error(second, twice) < 4 * step
 
 
 NEEDED = [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
@@ -253,6 +367,85 @@ def test_sequence_first_is_refused_with_the_remedy() -> None:
     x = torch.randn(5, 3, WIDTH)
     with pytest.raises(FastregError, match="batch_first=True"):
         recorded(Call(layer, lambda m, t: m(t, t, t)[0]), x)
+
+
+class Packed(nn.Module):
+    """Attention within documents, of which every sample holds several: packed, or by a mask of all pairs."""
+
+    def __init__(self, packed: bool, window: tuple[int, int], grouped: bool) -> None:
+        super().__init__()
+        self.inward, self.out = nn.Linear(WIDTH, (3 - grouped) * WIDTH), nn.Linear(WIDTH, 3)
+        self.packed, self.window, self.grouped = packed, window, grouped
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, WIDTH + 1]``: the last number of a token is that of its document."""
+        x, document = x[..., :WIDTH], x[:, None, :, WIDTH]
+        q, k, v = self.inward(x).split([WIDTH, *(WIDTH // (1 + self.grouped),) * 2], -1)
+        q, k, v = (t.unflatten(2, (-1, WIDTH // 4)) for t in (q, k, v))
+        if self.packed:
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+            y = varlen_attn(q, k, v, CUT, CUT, 6, 6, window_size=self.window, enable_gqa=self.grouped)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, self.near(document), enable_gqa=self.grouped).transpose(1, 2)
+        return self.out(y.reshape(x.shape)).mean(1)
+
+    def near(self, document: Tensor) -> Tensor:
+        """Within the same document and the window: ``[B, 1, T, T]``."""
+        position = torch.arange(document.shape[-1])
+        behind = position[:, None] - position
+        left, right = (len(position) if bound < 0 else bound for bound in self.window)
+        return (document[..., :, None] == document[..., None, :]) & (behind <= left) & (-behind <= right)
+
+
+# Four samples of six tokens.
+CUT = torch.tensor([0, 2, 6, 12, 13, 17, 18, 24], dtype=torch.int32)
+
+
+def packed_batch() -> Tensor:
+    document = torch.bucketize(torch.arange(24), CUT, right=True).view(4, 6, 1)
+    return torch.cat((torch.randn(4, 6, WIDTH, dtype=torch.float64), document), 2).requires_grad_()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("window, grouped", [((-1, -1), False), ((-1, 0), True), ((1, 0), False), ((2, 1), True)])
+def test_packed_documents(window: tuple[int, int], grouped: bool, size: int) -> None:
+    torch.manual_seed(3)
+    packed, masked = (Packed(kind, window, grouped).double() for kind in (True, False))
+    packed.load_state_dict(masked.state_dict())
+    x, y = packed_batch(), torch.randint(3, (4,))
+    got = layer_oracle.regularized(packed, x, y, size, check=True)
+    assert all(error(a, b) < EXACT for a, b in zip(got, layer_oracle.penalised(masked, x, y, size), strict=True))
+
+
+def test_packed_tokens_beyond_the_last_document_see_nothing() -> None:
+    spans = spans_of(CUT[:4], 14)
+    assert spans[:, 11:].tolist() == [[6, 12, 12], [12, 12, 12]]
+
+
+def varlen(cut_q: Tensor, cut_k: Tensor, **settings: object) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A call of two samples of three tokens."""
+
+    def way(module: nn.Module, x: Tensor) -> Tensor:
+        q = module(x).view(6, 2, 4)
+        return varlen_attn(q, q, q, cut_q, cut_k, 3, 3, **settings)
+
+    return way
+
+
+TWO, ACROSS = torch.tensor([0, 3, 6]), torch.tensor([0, 2, 4, 6])
+PACKED_REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "across": (varlen(ACROSS, ACROSS), "every 3 tokens, got document 1 with tokens 2 to 3"),
+    "keys": (varlen(TWO, TWO.clone()), "cu_seq_q and cu_seq_k must be one tensor"),
+    "cache": (varlen(TWO, TWO, seqused_k=torch.tensor([3, 3])), "are for inference"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_REFUSED)
+def test_documents_that_are_refused(name: str) -> None:
+    way, reason = PACKED_REFUSED[name]
+    with pytest.raises(FastregError, match=reason):
+        recorded(Call(nn.Linear(WIDTH, WIDTH), way), torch.randn(2, 3, WIDTH))
 
 
 class Call(nn.Module):

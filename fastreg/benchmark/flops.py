@@ -73,15 +73,13 @@ def _attention_backward(d: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: obje
     return sdpa_backward_flop_count(d.shape, q.shape, k.shape, v.shape)
 
 
-def _our_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *_rest: object, **_out: object
-) -> int:
-    return _attention_backward(d, q, k, v)
+def _our_attention(products: int) -> Callable[..., int]:
+    """A formula: that many products of ``[T, E]`` with ``[E, U]``, or of ``[T, U]`` with ``[U, E]``, for each head."""
 
+    def formula(q: Tensor, k: Tensor, *_rest: object, **_out: object) -> int:
+        return 2 * products * q.numel() * k.shape[2]
 
-def _attention_double_backward(q: Tensor, k: Tensor, *_rest: object, **_out: object) -> int:
-    """Twelve products of ``[T, E]`` with ``[E, T]`` or of ``[T, T]`` with ``[T, E]``."""
-    return 24 * q.numel() * k.shape[2]
+    return formula
 
 
 OURS = {
@@ -90,8 +88,9 @@ OURS = {
     "outer_apply": _outer_apply,
     "conv_outer": _conv_outer,
     "conv_apply": _conv_apply,
-    "attention_backward": _our_attention_backward,
-    "attention_double_backward": _attention_double_backward,
+    "attention_forward": _our_attention(2),
+    "attention_backward": _our_attention(5),
+    "attention_double_backward": _our_attention(12),
 }
 FORMULAS = {
     # torch multiplies the gradient of a grouped weight by the groups once too often.

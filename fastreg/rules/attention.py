@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg import fused_attention
 from fastreg.attention import Attention
 from fastreg.errors import FastregError, UnsupportedOperation
+from fastreg.fused_attention import FusedAttention, fits
+from fastreg.kernels import Pattern
 from fastreg.kernels._checks import accumulator
 from fastreg.rules.activations import refuse_parameters
 from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
+
+# Any 63 bits.
+_SEEDS = 2**63 - 1
 
 
 @route(F.scaled_dot_product_attention, always=True, second_order=True)
@@ -31,14 +35,48 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``F.scaled_dot_product_attention``."""
     refuse_parameters(tape, query, key, value, attn_mask)
-    if attn_mask is None and dropout_p == 0 and fused_attention.fits(query, key, value):
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return fused_attention.FusedAttention.apply(query, key, value, scale, is_causal)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         query, key, value = query.to(low), key.to(low), value.to(low)
-    return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
+    return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The first result of :func:`attend`, without storing a softmax where that is possible.
+
+    Left to the general form: operands of other than four dimensions or that broadcast against each other, values of
+    another width than keys, several dtypes, devices that the ops are not made for, and nothing at all to compute.
+    Dropout differs from that of the general form: it draws one seed from torch's generator of the device.
+    """
+    if not fits(query, key, value, grouped=enable_gqa) or (mask is not None and mask.dim() > 4):
+        return attend(query, key, value, mask, dropout, is_causal, scale, enable_gqa)[0]
+    _check_mask(mask, is_causal)
+    seed = torch.randint(_SEEDS, (1,), device=query.device) if dropout > 0 else None
+    pattern = Pattern(
+        mask=None if mask is None else mask[(None,) * (4 - mask.dim())],
+        seed=seed,
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        right=0 if is_causal else -1,
+        dropout=dropout,
+    )
+    return FusedAttention.apply(query, key, value, *pattern)[0]
+
+
+def _check_mask(mask: Tensor | None, is_causal: bool) -> None:
+    if mask is not None and is_causal:
+        raise FastregError("scaled_dot_product_attention: attn_mask must be None with is_causal=True, got a tensor")
+    if mask is not None and mask.requires_grad:
+        raise UnsupportedOperation("attn_mask requires grad; add it to the scores and take softmax and matmul yourself")
 
 
 def attend(
@@ -117,16 +155,13 @@ def _additive(
     Such queries are unmasked, and their output is multiplied by zero: no NaN can arise in any derivative, and
     nothing of the size of the scores is read for it.
     """
+    _check_mask(mask, is_causal)
     wide = accumulator(query.dtype)
     if is_causal:
-        if mask is not None:
-            raise FastregError("scaled_dot_product_attention: attn_mask must be None with is_causal=True, got a tensor")
         shape = query.shape[-2], key.shape[-2]
         return torch.full(shape, -math.inf, dtype=wide, device=query.device).triu_(1), None
     if mask is None:
         return None, None
-    if mask.requires_grad:
-        raise UnsupportedOperation("attn_mask requires grad; add it to the scores and take softmax and matmul yourself")
     hidden = ~mask if mask.dtype == torch.bool else mask.isneginf()
     dead = hidden.all(-1, keepdim=True)
     additive = torch.zeros(mask.shape, dtype=wide, device=mask.device) if mask.dtype == torch.bool else mask.to(wide)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.rules.activations import refuse_parameters
-from fastreg.rules.attention import attend
+from fastreg.rules.attention import attend, attention
 from fastreg.rules.linear import linear
 from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape
@@ -57,7 +57,11 @@ def multi_head_attention_forward(
     q, k, v = _project(tape, (query, key, value), weights, in_proj_bias)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     mask, causal = _merged_mask(q, k, attn_mask, key_padding_mask, is_causal)
-    out, attended = attend(q, k, v, mask, dropout_p if training else 0.0, causal)
+    dropout = dropout_p if training else 0.0
+    if need_weights:
+        out, attended = attend(q, k, v, mask, dropout, causal)
+    else:
+        out = attention(q, k, v, mask, dropout, causal)
     out = linear(tape, out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias).transpose(0, 1)
     if not need_weights:
         return out, None
