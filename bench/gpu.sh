@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: build, test, ceilings, kernels, steps, sanitize, profile, table.
+# Everything that needs a GPU, in one go: build, test, ceilings, kernels, steps, scale, sanitize, profile, table.
 #
 #   bench/gpu.sh                        all stages
 #   bench/gpu.sh --only kernels         one stage (repeat --only for more)
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-ALL=(build test ceilings kernels steps sanitize profile table)
+ALL=(build test ceilings kernels steps scale sanitize profile table)
 STAGES=()
 
 while (($#)); do
@@ -81,11 +81,25 @@ stage_steps() {
     for model in gpt2 resnet18; do
         for dtype in bfloat16 float32; do
             steps "steps-$model-$dtype" --model "$model" --dtype "$dtype" --m 8 32 --methods plain_norms exact fisher \
-                sequential functorch plain_compiled functorch_compiled
+                exact_compiled fisher_compiled sequential functorch plain_compiled functorch_compiled
         done
         for suite in regularizers monitor sam curvature; do
             steps "$suite-$model" --model "$model" --dtype float32 --m 16 --suite "$suite"
         done
+    done
+}
+
+# What a large model chooses from, at sizes that are trained with. The largest is timed with fewer methods: each has a
+# model of its own.
+stage_scale() {
+    local model
+    for model in gpt-124m gpt-124m-4k gpt-350m gpt-350m-4k; do
+        steps "scale-$model" --model "$model" --dtype bfloat16 --m 4 --rounds 5 --suite scale --methods exact fisher \
+            exact_compiled plain_compiled m_sam monitor plain_checkpointed exact_checkpointed exact_recomputed perturb
+    done
+    for model in gpt-1.3b gpt-1.3b-4k; do
+        steps "scale-$model" --model "$model" --dtype bfloat16 --m 2 --rounds 3 --suite scale --methods exact \
+            monitor exact_recomputed perturb
     done
 }
 
@@ -94,7 +108,7 @@ steps() {
     local part name=$1
     shift
     part=$(mktemp)
-    "$PYTHON" -m fastreg bench --device cuda "$@" --rounds 11 --json "$part" || echo "gpu.sh: see the rows above" >&2
+    "$PYTHON" -m fastreg bench --device cuda --rounds 11 "$@" --json "$part" || echo "gpu.sh: see the rows above" >&2
     "$PYTHON" bench/gpu_results.py "$RESULTS" "$name" "$part"
     rm "$part"
 }

@@ -31,6 +31,7 @@ EPILOG = "\n".join(
         "  fastreg bench --model mlp2048 --m 16 --suite sam",
         "  fastreg bench --model gpt --m 8 --suite curvature",
         "  fastreg bench --model mlp --m 8 --suite regularizers",
+        "  fastreg bench --model gpt --m 8 --suite scale",
     ]
 )
 
@@ -57,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="micro-batches of a batch, at most one per sample (default: 8 32)")
     add("--suite", choices=get_args(Suite), default="penalty",
         help="what to compare: the gradient-norm penalty with its peers, every penalty of the library, monitoring, "
-        "sharpness-aware minimisation, or products with curvature matrices (default: penalty)")
+        "sharpness-aware minimisation, products with curvature matrices, or what a large model chooses from: time and "
+        "memory of exact, recomputed and perturbed penalties (default: penalty)")
     add("--methods", nargs="+", choices=[*METHODS], metavar="METHOD", help="default: those of the suite")
     add("--rounds", type=_positive, default=11, metavar="N", help="timed rounds (default: 11)")
     add("--threads", type=_positive, default=os.cpu_count(), metavar="N",

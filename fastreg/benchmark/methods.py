@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
-from fastreg.benchmark import curvature, monitoring, peers, penalties, sam
+from fastreg.benchmark import curvature, monitoring, peers, penalties, sam, scale
 from fastreg.benchmark.peers import Step
 from fastreg.benchmark.presets import Problem
 
@@ -17,7 +17,7 @@ Fisher = Literal["fisher", "fisher_frozen", "fisher_true"]
 Jacobian = Literal["average_jacobian", "unit_jacobian"]
 Penalized = Literal["grad_norm", "variance", "noise_trace", "without_replacement", Fisher, Jacobian]
 Quantity = Literal["loss", "sample_norms", "sam", "m_sam", Penalized, Product]
-Suite = Literal["penalty", "regularizers", "monitor", "sam", "curvature"]
+Suite = Literal["penalty", "regularizers", "monitor", "sam", "curvature", "scale"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,16 @@ class Method:
 def _penalty() -> Iterator[Method]:
     """The methods of the suite ``"penalty"``, the plain step among them."""
     named = partial(Method, by_default=False)
-    both = partial(Method, suites=("penalty", "regularizers"))
+    both = partial(Method, suites=("penalty", "regularizers", "scale"))
     yield Method("plain", "loss", "forward, loss, backward", peers.plain)
     about = "plain, and fastreg.stats.RidingNorms for every sample"
     yield Method("plain_norms", "sample_norms", about, monitoring.plain_norms)
     yield both("exact", "grad_norm", "fastreg.GradNorm", penalties.exact)
     yield both("fisher", "fisher", "fastreg.FisherTrace", penalties.fisher)
+    for name, quantity, prepare in (("exact", "grad_norm", penalties.exact), ("fisher", "fisher", penalties.fisher)):
+        prepare = partial(prepare, compiled=True)
+        about, suites = f"{name} in fastreg.compile", ("penalty", "scale")
+        yield named(f"{name}_compiled", quantity, about, prepare, compiled=True, suites=suites)
     about = "gradient norm, one double backward per micro-batch"
     yield Method("sequential", "grad_norm", about, peers.sequential)
     about = "Fisher trace, one double backward per micro-batch"
@@ -78,7 +82,8 @@ def _penalty() -> Iterator[Method]:
     about = "the same under torch.compile"
     yield named("functorch_compiled", "grad_norm", about, peers.functorch_compiled, compiled=True)
     about = "the plain step of torch.compile(model)"
-    yield named("plain_compiled", "loss", about, peers.plain_compiled, compiled=True)
+    suites = ("penalty", "scale")
+    yield named("plain_compiled", "loss", about, peers.plain_compiled, compiled=True, suites=suites)
 
 
 def _penalties() -> Iterator[Method]:
@@ -102,7 +107,8 @@ def _penalties() -> Iterator[Method]:
 def _sam() -> Iterator[Method]:
     """The methods of the suite ``"sam"``."""
     one = partial(Method, suites=("sam",))
-    yield one("m_sam", "m_sam", "fastreg.optim.SAM, a perturbation per micro-batch", sam.m_sam)
+    about = "fastreg.optim.SAM, a perturbation per micro-batch"
+    yield Method("m_sam", "m_sam", about, sam.m_sam, suites=("sam", "scale"))
     about = "SAM on one micro-batch after another, torch._foreach_*"
     yield one("sequential_m_sam", "m_sam", about, sam.sequential_m_sam)
     yield one("sam", "sam", "fastreg.optim.SAM, one perturbation", sam.sam)
@@ -114,13 +120,26 @@ def _sam() -> Iterator[Method]:
 def _monitors() -> Iterator[Method]:
     """The methods of the suite ``"monitor"``."""
     one = partial(Method, suites=("monitor",))
-    yield one("monitor", "loss", "fastreg.Monitor as it comes: an eighth of the samples", monitoring.monitored)
+    about = "fastreg.Monitor as it comes: an eighth of the samples"
+    yield Method("monitor", "loss", about, monitoring.monitored, suites=("monitor", "scale"))
     norms = partial(monitoring.monitored, metrics=("grad_noise_scale", "sample_norms"))
     yield one("monitor_norms", "sample_norms", "the same with every sample's norm", norms)
     passes = partial(monitoring.monitored, metrics=("grad_norm",), micro_batch_size=None)
     yield one("monitor_passes", "loss", "backward passes as micro-batches", passes)
     about = "fastreg.stats.RidingNorms, every sample"
     yield one("riding_norms", "sample_norms", about, monitoring.plain_norms)
+
+
+def _scale() -> Iterator[Method]:
+    """The methods of the suite ``"scale"`` that no other has."""
+    one = partial(Method, suites=("scale",))
+    about = "plain, every block in torch.utils.checkpoint"
+    yield one("plain_checkpointed", "loss", about, scale.plain_checkpointed)
+    about = "exact, every block in torch.utils.checkpoint"
+    yield one("exact_checkpointed", "grad_norm", about, scale.exact_checkpointed)
+    yield one("exact_recomputed", "grad_norm", "exact, with fastreg.checkpoint_blocks", scale.exact_recomputed)
+    about = "fastreg.GradNorm by central differences, first order alone"
+    yield one("perturb", "grad_norm", about, scale.perturbed, rounding=scale.TRUNCATION)
 
 
 def _curvature() -> Iterator[Method]:
@@ -148,7 +167,7 @@ def _curvature() -> Iterator[Method]:
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for methods in (_penalty(), _penalties(), _sam(), _monitors(), _curvature())
+    for methods in (_penalty(), _penalties(), _sam(), _monitors(), _scale(), _curvature())
     for method in methods
 }
 

@@ -16,9 +16,9 @@ from fastreg.benchmark.presets import Problem, mean_cross_entropy
 RANK, REFRESH, LR = 8, 1000, 0.1
 
 
-def exact(problem: Problem) -> Step:
+def exact(problem: Problem, compiled: bool = False) -> Step:
     """The gradient-norm penalty."""
-    return _regularized(problem, fastreg.GradNorm(problem.weight))
+    return _regularized(problem, fastreg.GradNorm(problem.weight), compiled=compiled)
 
 
 def variance(problem: Problem) -> Step:
@@ -31,10 +31,10 @@ def noise_trace(problem: Problem) -> Step:
     return _regularized(problem, fastreg.NoiseTrace(problem.weight))
 
 
-def fisher(problem: Problem, gradient: str = "fixed-label") -> Step:
+def fisher(problem: Problem, gradient: str = "fixed-label", compiled: bool = False) -> Step:
     """The Fisher-trace penalty for sampled labels, with one of its gradients."""
     penalty = fastreg.FisherTrace(problem.weight, gradient=gradient)
-    return _regularized(problem, penalty, lambda: penalty.last_labels)
+    return _regularized(problem, penalty, lambda: penalty.last_labels, compiled=compiled)
 
 
 def average_jacobian(problem: Problem) -> Step:
@@ -54,17 +54,27 @@ def without_replacement(problem: Problem) -> Step:
     return _regularized(problem, penalty, lambda: penalty.state_dict()["ritz"][1])
 
 
-def _regularized(problem: Problem, penalty: fastreg.Penalty, drawn: Callable[[], Tensor] | None = None) -> Step:
+def _regularized(
+    problem: Problem, penalty: fastreg.Penalty, drawn: Callable[[], Tensor] | None = None, compiled: bool = False
+) -> Step:
     model = problem.model
     reg = fastreg.Regularizer(model, penalty, micro_batch_size=problem.micro_batch_size)
 
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
+    def differentiate(inputs: Tensor, targets: Tensor) -> None:
         with problem.precision():
-            outputs = model(problem.inputs)
-            loss = mean_cross_entropy(outputs, problem.targets)
+            outputs = model(inputs)
+            loss = mean_cross_entropy(outputs, targets)
         reg(loss, outputs).backward()
 
+    taken = fastreg.compile(differentiate, model) if compiled else differentiate
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        taken(problem.inputs, problem.targets)
+
+    # The first step checks itself, the second is traced.
+    for _ in range(2 if compiled else 0):
+        run()
     return Step(model, run, drawn=drawn)
 
 

@@ -78,6 +78,7 @@ class Preset:
         draw: makes ``(inputs, targets)`` from a generator.
         batch: samples of the batch.
         by_default: measured by ``--model all``; the others are larger.
+        gate: the preset whose float64 results are compared, where this one is too large for them.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Preset:
     draw: Draw
     batch: int
     by_default: bool = True
+    gate: str | None = None
 
     def problem(
         self,
@@ -143,6 +145,13 @@ def _tokens(config: GPTConfig) -> Draw:
     return draw
 
 
+def _language_model(name: str, width: int, layers: int, heads: int, context: int, batch: int) -> Preset:
+    """One at a size that is trained with; its kind is gated at a smaller one."""
+    config = GPTConfig(vocab=50304, context=context, width=width, layers=layers, heads=heads)
+    about = f"{layers} layers, width {width}, {heads} heads, {context} tokens, vocabulary 50304, tied head, batch {batch}"
+    return Preset(name, about, lambda: GPT(config), _tokens(config), batch, by_default=False, gate="gpt")
+
+
 SMALL_GPT = GPTConfig(vocab=1024, context=128, width=256, layers=4, heads=4)
 GPT2 = GPTConfig(vocab=32768, context=512, width=768, layers=12, heads=12)
 
@@ -194,5 +203,11 @@ PRESETS: dict[str, Preset] = {
             batch=16,
             by_default=False,
         ),
+        _language_model("gpt-124m", 768, 12, 12, context=1024, batch=16),
+        _language_model("gpt-124m-4k", 768, 12, 12, context=4096, batch=4),
+        _language_model("gpt-350m", 1024, 24, 16, context=1024, batch=8),
+        _language_model("gpt-350m-4k", 1024, 24, 16, context=4096, batch=2),
+        _language_model("gpt-1.3b", 2048, 24, 16, context=1024, batch=4),
+        _language_model("gpt-1.3b-4k", 2048, 24, 16, context=4096, batch=2),
     )
 }

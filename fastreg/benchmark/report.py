@@ -52,14 +52,14 @@ class Row:
 
 
 HEADER = (
-    f"{'model':<8}{'m':>4}  {'method':<20}{'error64':>9}{'error':>9}"
+    f"{'model':<12}{'m':>4}  {'method':<20}{'error64':>9}{'error':>9}"
     f"{'ms p20':>9}{'p50':>9}{'p80':>9}{'ratio':>8}{'p20-p80':>13}{'flops':>8}{'MB':>9}"
 )
 
 
 def line(row: Row) -> str:
     """The row as a line under :data:`HEADER`."""
-    start = f"{row.model:<8}{row.m:>4}  {row.method:<20}"
+    start = f"{row.model:<12}{row.m:>4}  {row.method:<20}"
     start += f"{_number(row.error_float64, '.0e'):>9}"
     if row.status == "not installed":
         return f"{start}  not installed"

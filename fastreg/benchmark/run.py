@@ -10,7 +10,7 @@ from fastreg.benchmark.gate import TOLERANCE, Reference, run_and_compare
 from fastreg.benchmark.measure import Spread, interleaved, ratios
 from fastreg.benchmark.methods import METHODS, Method
 from fastreg.benchmark.peers import Step
-from fastreg.benchmark.presets import Preset, Problem
+from fastreg.benchmark.presets import PRESETS, Preset, Problem
 from fastreg.benchmark.report import Row
 from fastreg.errors import FastregError
 
@@ -49,7 +49,8 @@ def measure_cell(
         methods: names from :data:`METHODS`.
         settings: how to measure.
     """
-    exact = preset.problem(micro_batches, dtype=torch.float64, device=settings.device)
+    gated = preset if preset.gate is None else PRESETS[preset.gate]
+    exact = gated.problem(min(micro_batches, gated.batch), dtype=torch.float64, device=settings.device)
     timed = preset.problem(micro_batches, device=settings.device, autocast=settings.autocast)
     reference = Reference(exact)
     rows, steps = [], {}
@@ -60,7 +61,7 @@ def measure_cell(
         if not METHODS[name].installed:
             row.status = "not installed"
             continue
-        step = _gate(METHODS[name], exact, timed, reference, row)
+        step = _gate(METHODS[name], exact, timed, reference, row, same=gated is preset)
         if step is not None:
             steps[name] = step
     _count(rows, steps)
@@ -72,17 +73,20 @@ def measure_cell(
 
 
 def _gate(
-    method: Method, exact: Problem, timed: Problem, reference: Reference, row: Row
+    method: Method, exact: Problem, timed: Problem, reference: Reference, row: Row, same: bool
 ) -> Step | None:
     """Fill the row's verdict and errors; the step to time, or None if it is wrong or fails.
 
-    What a method raises is one of the results, and the other methods are still measured.
+    A model that is gated at another size has no error of its own. What a method raises is one of the results, and the
+    other methods are still measured.
     """
     try:
         _, row.error_float64 = run_and_compare(method, exact, reference)
         if row.error_float64 > TOLERANCE + method.rounding:
             row.status = "wrong"
             return None
+        if not same:
+            return method.prepare(timed.copy())
         step, row.error = run_and_compare(method, timed, reference)
     except (FastregError, RuntimeError) as error:
         row.status = "failed"
