@@ -5,7 +5,7 @@
 #   VENV=path           where the environment is (default .venv)
 #   VENV=               no environment: use PYTHON's own packages as they are, for instance a torch
 #                       built for this GPU; only fastreg itself is built and installed there
-#   ARGS="..."          passed on to `fastreg train`, `fastreg bench` or pytest
+#   ARGS="..."          passed on to `fastreg train`, `fastreg bench`, pytest or sphinx
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,21 +14,24 @@ ARGS ?=
 ifeq ($(strip $(VENV)),)
 BIN_PYTHON := $(PYTHON)
 READY := build/.ready
+DOCS_READY := build/.docs-ready
 else
 BIN_PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 endif
 
 PIP := $(BIN_PYTHON) -m pip --disable-pip-version-check
 INPUTS := constraints.txt setup.py pyproject.toml fastreg/_version.py $(wildcard csrc/*)
 
-.PHONY: help demo test bench build env clean
+.PHONY: help demo test bench docs build env clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train on real data and plot the comparison (about two minutes)"
 	@echo "make test    run the tests"
 	@echo "make bench   time a training step against its peers"
+	@echo "make docs    build the documentation into docs/_build/html; warnings are errors"
 	@echo "make build   create the environment and build fastreg in place"
 	@echo "make env     show what is installed, what is missing and why"
 	@echo "make clean   remove what the build made (keeps $(VENV))"
@@ -43,6 +46,9 @@ test: $(READY)
 bench: $(READY)
 	$(BIN_PYTHON) -m fastreg bench $(ARGS)
 
+docs: $(DOCS_READY)
+	$(BIN_PYTHON) -m sphinx -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+
 env: $(READY)
 	$(BIN_PYTHON) -m fastreg env $(ARGS)
 
@@ -55,6 +61,10 @@ $(READY): $(INPUTS)
 	$(BIN_PYTHON) -c "import numpy, pybind11, setuptools, torch"
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	@mkdir -p $(@D) && touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN_PYTHON) -c "import furo, latex2mathml, myst_parser, sphinx"
+	@touch $@
 else
 # torch first and alone: what comes after finds it there and cannot pull in another one.
 $(READY): $(INPUTS) | $(VENV)/bin/pip
@@ -63,9 +73,14 @@ $(READY): $(INPUTS) | $(VENV)/bin/pip
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,test]'
 	@touch $@
 
+# fastreg is there already, so this installs the extra's packages and nothing else.
+$(DOCS_READY): $(READY)
+	$(PIP) install --quiet --constraint constraints.txt 'fastreg[docs]'
+	@touch $@
+
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 endif
 
 clean:
-	rm -rf build dist *.egg-info fastreg/*.so fastreg/_build_info.json $(READY)
+	rm -rf build dist *.egg-info docs/_build fastreg/*.so fastreg/_build_info.json $(READY) $(DOCS_READY)
