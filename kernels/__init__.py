@@ -80,7 +80,7 @@ if __name__ == "fastreg.kernels":
         "sgd_step_",
     ]
 else:
-    # Other libraries ask for a package called kernels (Hugging Face's) by importing it, and take no error for an answer.
+    # Other libraries ask for a package of this name (Hugging Face's) by importing it, and catch no error.
     __path__ = []
 
     def __getattr__(name: str) -> object:

@@ -38,6 +38,7 @@ LAYERS = (
         "fastreg.recipes",
         "fastreg.benchmark",
         "fastreg.environment",
+        "fastreg.integrations",
         "fastreg.check_cli",
         "fastreg.monitor_cli",
         "fastreg.cli",
@@ -129,8 +130,17 @@ def test_native_code_knows_no_torch_and_python_only_in_the_bindings() -> None:
 
 
 @pytest.mark.parametrize("use", ["from kernels import outer_sum", "import kernels; kernels.outer_sum"])
-def test_bare_kernels_is_refused(use: str) -> None:
+def test_what_is_in_bare_kernels_is_refused(use: str) -> None:
     command = [sys.executable, "-c", use]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "ImportError: this folder is imported as fastreg.kernels" in result.stderr
+
+
+def test_bare_kernels_has_no_modules_and_answers_those_who_ask_for_a_version() -> None:
+    # Hugging Face's transformers and diffusers look so for a package of this name, without catching errors.
+    probe = "import kernels, importlib; print(getattr(kernels, '__version__', 'none'), kernels.__file__)"
+    command = [sys.executable, "-c", f"{probe}; importlib.import_module('kernels.outer_sum')"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("none ")
+    assert "ModuleNotFoundError: No module named 'kernels.outer_sum'" in result.stderr
