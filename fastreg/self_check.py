@@ -23,7 +23,8 @@ from fastreg.recording import Recorder
 _CAUSES = (
     "likely causes: samples are coupled across the batch (a batch mean, in-batch negatives), the batch is not along "
     "dimension 0 (a sequence-first model: use batch_first=True), a weight is computed from parameters "
-    "(reparametrisation), or position ids were taken for samples (give them shape [1, T])"
+    "(reparametrisation), position ids were taken for samples (give them shape [1, T]), or the loss is made of several "
+    "forwards, of which the check sees the last alone (check=False: recorded norms are those of all)"
 )
 
 

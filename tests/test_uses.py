@@ -148,3 +148,28 @@ def test_a_scripted_module_is_refused() -> None:
         reg = fastreg.Regularizer(model, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=4)
         outputs = model(x)
         reg(F.cross_entropy(outputs, y), outputs)
+
+
+def test_a_loss_of_two_forwards() -> None:
+    """Norms are those of both together. The check, which sees the second alone, says so; without it all is exact."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double(), hidden_batch()
+    other = torch.randn_like(x)
+
+    def loss(rows: slice) -> Tensor:
+        return sum(F.cross_entropy(model(inputs[rows]), y[rows]) for inputs in (x, other))
+
+    parameters = list(model.parameters())
+    norms = []
+    for start in range(0, len(x), 2):
+        grads = torch.autograd.grad(loss(slice(start, start + 2)), parameters, create_graph=True)
+        norms.append(sum(g.square().sum() for g in grads))
+    total = loss(slice(None)) + WEIGHT * sum(norms) / len(norms)
+    want = dict(zip(dict(model.named_parameters()), torch.autograd.grad(total, parameters), strict=True))
+    reg = fastreg.Regularizer(model, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=2)
+    with pytest.raises(FastregError, match="several forwards.*check=False"):
+        reg(loss(slice(None)))
+    reg.remove()
+    reg = fastreg.Regularizer(model, fastreg.GradNorm(weight=WEIGHT), micro_batch_size=2, check=False)
+    reg(loss(slice(None))).backward()
+    assert oracle.relative_error(oracle.collected_gradient(model), want) < 1e-10
