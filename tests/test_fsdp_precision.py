@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -92,12 +93,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As ranks run: torch's own sums in bfloat16 differ between numbers of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def mean_over_ranks(backward: Callable[..., None], dtype: torch.dtype) -> list[Tensor]:
     """Of the gradients that a process of its own finds for each rank's samples."""
     _, x, y = problem()
-    each = [
-        gradients(backward, problem()[0].to(dtype), *(part.chunk(2)[rank] for part in (x, y))) for rank in range(2)
-    ]
+    shares = [[part.chunk(2)[rank] for part in (x, y)] for rank in range(2)]
+    with one_thread():
+        each = [gradients(backward, problem()[0].to(dtype), *share) for share in shares]
     wide = torch.promote_types(dtype, torch.float32)
     return [(one.to(wide) + other.to(wide)) / 2 for one, other in zip(*each, strict=True)]
 
