@@ -5,43 +5,52 @@
 #   VENV=path           where the environment is (default .venv)
 #   VENV=               no environment: use PYTHON's own packages as they are, for instance a torch
 #                       built for this GPU; only fastreg itself is built and installed there
-#   ARGS="..."          passed on to `fastreg train`, `fastreg bench`, pytest or sphinx
+#   WORKERS=2           processes that share the tests, a file each at a time
+#   ARGS="..."          passed on to `fastreg train`, `fastreg bench`, pytest, ruff or sphinx
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 ifeq ($(strip $(VENV)),)
 BIN_PYTHON := $(PYTHON)
 READY := build/.ready
 DOCS_READY := build/.docs-ready
+LINT_READY := build/.lint-ready
 else
 BIN_PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+LINT_READY := $(VENV)/.lint-ready
 endif
 
 PIP := $(BIN_PYTHON) -m pip --disable-pip-version-check
 INPUTS := constraints.txt setup.py pyproject.toml fastreg/_version.py $(wildcard csrc/*)
 
-.PHONY: help demo test bench docs build env clean
+.PHONY: help demo test lint bench docs build env clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train on real data and plot the comparison (about two minutes)"
 	@echo "make test    run the tests"
+	@echo "make lint    check the sources with ruff (rules in pyproject.toml)"
 	@echo "make bench   time a training step against its peers"
 	@echo "make docs    build the documentation into docs/_build/html; warnings are errors"
 	@echo "make build   create the environment and build fastreg in place"
 	@echo "make env     show what is installed, what is missing and why"
 	@echo "make clean   remove what the build made (keeps $(VENV))"
-	@echo "variables: PYTHON VENV ARGS FASTREG_CUDA=auto|0|1 (see the top of the Makefile)"
+	@echo "variables: PYTHON VENV ARGS WORKERS FASTREG_CUDA=auto|0|1 (see the top of the Makefile)"
 
 demo: $(READY)
 	$(BIN_PYTHON) -m fastreg train $(ARGS)
 
 test: $(READY)
-	$(BIN_PYTHON) -m pytest $(ARGS)
+	$(BIN_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+# ruff alone: it needs neither torch nor a build.
+lint: $(LINT_READY)
+	$(BIN_PYTHON) -m ruff check $(ARGS)
 
 bench: $(READY)
 	$(BIN_PYTHON) -m fastreg bench $(ARGS)
@@ -65,6 +74,10 @@ $(READY): $(INPUTS)
 $(DOCS_READY): $(READY)
 	$(BIN_PYTHON) -c "import furo, latex2mathml, myst_parser, sphinx"
 	@touch $@
+
+$(LINT_READY):
+	$(BIN_PYTHON) -c "import ruff"
+	@mkdir -p $(@D) && touch $@
 else
 # torch first and alone: what comes after finds it there and cannot pull in another one.
 $(READY): $(INPUTS) | $(VENV)/bin/pip
@@ -78,9 +91,14 @@ $(DOCS_READY): $(READY)
 	$(PIP) install --quiet --constraint constraints.txt 'fastreg[docs]'
 	@touch $@
 
+$(LINT_READY): constraints.txt | $(VENV)/bin/pip
+	$(PIP) install --quiet --constraint constraints.txt ruff
+	@touch $@
+
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 endif
 
 clean:
-	rm -rf build dist *.egg-info docs/_build fastreg/*.so fastreg/_build_info.json $(READY) $(DOCS_READY)
+	rm -rf build dist *.egg-info docs/_build fastreg/*.so fastreg/_build_info.json .ruff_cache
+	rm -f $(READY) $(DOCS_READY) $(LINT_READY)

@@ -8,13 +8,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_results
 import torch
-from gpu_timing import interleaved, spread
-from op_cases import Arguments, OpCase, gpu_cases
 from torch import Tensor
 
+import gpu_results
 from fastreg.kernels import backend, registry
+from gpu_timing import interleaved, spread
+from op_cases import Arguments, OpCase, gpu_cases
 
 COPY_BYTES = 4 << 30
 MATMUL_SIZE = 8192

@@ -7,14 +7,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_results
 import torch
-from gpu_kernels import ROUNDS
-from gpu_timing import interleaved, spread
 from torch import Tensor
 
+import gpu_results
 from fastreg.benchmark.presets import PRESETS
 from fastreg.kernels import adamw_step_, multi_axpy_, multi_sqnorm, sgd_step_
+from gpu_kernels import ROUNDS
+from gpu_timing import interleaved, spread
 
 Call = Callable[[], object]
 

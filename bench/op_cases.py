@@ -281,7 +281,7 @@ CPU_CASES = [
 
 
 def gpu_cases(shrink: int = 1) -> list[OpCase]:
-    """A large model's weight gradients, GPT-2 small's layers with 16 sequences of 512 tokens; rows divided by ``shrink``."""
+    """A large model's weight gradients, GPT-2 small's layers (16 sequences of 512 tokens); rows over ``shrink``."""
     return [
         *_linear_cases(16384 // shrink, 4096, 4096, 16),
         *_linear_cases(65536 // shrink, 1024, 1024, 64),

@@ -5,10 +5,10 @@ The reference is the composition of torch calls that an implementation has to be
 
 import pytest
 import torch
-from op_cases import CPU_CASES, OpCase
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from fastreg.kernels import backend, registry
+from op_cases import CPU_CASES, OpCase
 
 CALLS = [
     pytest.param(case, implementation.name, id=f"{case.op}-{case.label}-{implementation.name}")

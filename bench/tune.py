@@ -2,8 +2,8 @@
 
 Every kernel folder keeps its numbers in frozen dataclasses, held by name in its ``triton.py``. One field of one of them
 is changed at a time, to its neighbours among powers of two; what is then wrong or fails to launch is passed over with
-the reason, what wins by more than ``MARGIN`` is printed. Nothing is written: a number changes in ``config.py``, by hand,
-with the reason beside it.
+the reason, what wins by more than ``MARGIN`` is printed. Nothing is written: a number changes in ``config.py``, by
+hand, with the reason beside it.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
-from gpu_kernels import TOLERANCE, gate
-from gpu_timing import interleaved, spread
-from op_cases import OpCase, gpu_cases
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from fastreg.kernels import registry
+from gpu_kernels import TOLERANCE, gate
+from gpu_timing import interleaved, spread
+from op_cases import OpCase, gpu_cases
 
 MARGIN = 1.03
 ROUNDS = 15

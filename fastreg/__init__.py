@@ -3,8 +3,8 @@
     loss = reg(loss)    # the same value; its gradient is that of loss + weight * mean_k ||g_k||^2
 """
 
-from fastreg._version import __version__
 from fastreg import curvature, noise, optim, sampling, weights
+from fastreg._version import __version__
 from fastreg.check import check
 from fastreg.errors import FastregError, UnsupportedOperation
 from fastreg.graph_walk import trust

@@ -32,8 +32,8 @@ def check_model(model: object, *, differentiated_twice: bool = True) -> None:
         )
     if model._compiled_call_impl is not None:
         raise FastregError(
-            f"attach: model must not be compiled in place, got {type(model).__name__} after .compile() (its hooks would "
-            "be compiled too: use torch.compile(model))"
+            f"attach: model must not be compiled in place, got {type(model).__name__} after .compile() (its hooks "
+            "would be compiled too: use torch.compile(model))"
         )
     check_cut(model)
     _trust_wrappers(model)

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from fastreg.attach import check_model
 from fastreg.errors import FastregError
 from fastreg.graph_walk import refuse_offenders
 from fastreg.loss import Reduction, check_loss, first_tensor
 from fastreg.penalties.base import Step
 from fastreg.recording import Recorder
-from fastreg.attach import check_model
 from fastreg.self_check import self_check
 from fastreg.session import Traced
 

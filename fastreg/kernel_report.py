@@ -14,7 +14,9 @@ from fastreg.kernels import registry
 from fastreg.kernels._aot import Compiled, report
 from fastreg.kernels._usage import Usage, usage
 
-HEADER = f"{'op':<28}{'kernel':<34}{'dtype':<10}{'sm':>4}{'warps':>6}{'registers':>10}{'local':>7}{'shared':>8}  products"
+HEADER = (
+    f"{'op':<28}{'kernel':<34}{'dtype':<10}{'sm':>4}{'warps':>6}{'registers':>10}{'local':>7}{'shared':>8}  products"
+)
 
 
 def run(ops: list[str], as_json: bool) -> int:
@@ -54,4 +56,5 @@ def _table(compiled: list[Compiled], cuda: list[Usage]) -> Iterator[str]:
             f"{row.local:>7}{row.shared:>8}  {products}"
         ).rstrip()
     for row in cuda:
-        yield f"{'fastreg._cuda':<28}{row.kernel:<44}{row.capability:>4}{row.registers:>16}{row.local:>7}{row.shared:>8}"
+        launch = f"{row.capability:>4}{row.registers:>16}{row.local:>7}{row.shared:>8}"
+        yield f"{'fastreg._cuda':<28}{row.kernel:<44}{launch}"

@@ -2,9 +2,10 @@
 
 The mode is entered and left by removable forward hooks on the model and on every module inside it (not on the model
 alone: activation checkpointing re-runs inner modules in the backward, long after the model's own forward, and not on
-those with parameters alone: attention has none). Nothing is wrapped, and nothing is written on modules or parameters but the hooks. Compiled modules run as
-they were written while they are recorded. ``fully_shard`` (FSDP2) puts whole parameters in the place of its shards
-while its modules run: they are tracked from then on, and what its own hooks do is no part of the recording.
+those with parameters alone: attention has none). Nothing is wrapped, and nothing is written on modules or parameters
+but the hooks. Compiled modules run as they were written while they are recorded. ``fully_shard`` (FSDP2) puts whole
+parameters in the place of its shards while its modules run: they are tracked from then on, and what its own hooks do is
+no part of the recording.
 """
 
 from __future__ import annotations

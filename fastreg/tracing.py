@@ -55,19 +55,20 @@ def compile(
             :mod:`fastreg.curvature` do.
         model: every parameter that the function depends on belongs to it.
         optimizer: that which the function steps; with settings that change (a learning rate) as tensors, and
-            ``capturable=True`` or ``fused=True`` where it has them (Inductor knows no fused ones on the CPU: leave their
-            step out of the function there). Call ``zero_grad`` outside of the function.
-        options: of Inductor, as ``torch.compile`` takes them; with ``{"triton.cudagraphs": True}`` kernels are launched as
-            one CUDA graph, and what a step leaves is copied out of it.
+            ``capturable=True`` or ``fused=True`` where it has them (Inductor knows no fused ones on the CPU: leave
+            their step out of the function there). Call ``zero_grad`` outside of the function.
+        options: of Inductor, as ``torch.compile`` takes them; with ``{"triton.cudagraphs": True}`` kernels are launched
+            as one CUDA graph, and what a step leaves is copied out of it.
         compiler: in the place of Inductor: takes the graph and example inputs, and returns a callable.
 
     Returns:
         A callable like ``function``; results carry no graph.
 
     Raises:
-        FastregError: both ``options`` and ``compiler`` are given; the model is not a module, or is one that exchanges gradients between processes; at the call:
-            a Monitor or SAM is attached to the model, a Regularizer estimates by ``fraction`` or perturbs, the backward
-            draws random numbers (activation checkpointing with dropout).
+        FastregError: both ``options`` and ``compiler`` are given; the model is not a module, or is one that exchanges
+            gradients between processes; at the call: a Monitor or SAM is attached to the model, a Regularizer
+            estimates by ``fraction`` or perturbs, the backward draws random numbers (activation
+            checkpointing with dropout).
 
     Example:
         >>> import torch, fastreg

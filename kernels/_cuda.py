@@ -7,7 +7,7 @@ import importlib.util
 from types import ModuleType
 
 # Imported before fastreg._cuda, so that the driver is torch's to start.
-import torch
+import torch  # noqa: F401
 
 
 def _load() -> ModuleType | None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import test_ops
 import torch
-from tolerances import Comparison, assert_all_close, perturbed
 from torch import Tensor
 
+import test_ops
 from fastreg.errors import FastregError
 from fastreg.kernels import backend, registry
 from fastreg.kernels._examples import normal
 from fastreg.kernels._launch import recorded
 from fastreg.kernels.attention import Pattern, attention_forward
+from tolerances import Comparison, assert_all_close, perturbed
 
 pytest.importorskip("triton")
 

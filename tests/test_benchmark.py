@@ -405,8 +405,10 @@ def test_method_that_raises_is_reported_and_the_rest_is_measured(
         ("sam", ["m_sam", "sequential_m_sam", "sam"], "package_sam"),
         (
             "curvature",
-            ["hvp", "hvp_kept", "hvp8", "hvp_micro", "hvp_micro_grad", "ggn", "fisher_exact"]
-            + ["double_backward", "double_backward_kept", "sequential_micro", "func_hvp", "func_hvp8", "func_micro"],
+            [
+                *("hvp", "hvp_kept", "hvp8", "hvp_micro", "hvp_micro_grad", "ggn", "fisher_exact"),
+                *("double_backward", "double_backward_kept", "sequential_micro", "func_hvp", "func_hvp8", "func_micro"),
+            ],
             "curvlinops",
         ),
     ],

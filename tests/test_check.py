@@ -66,7 +66,9 @@ def test_a_loss_per_sample_is_refused() -> None:
         fastreg.check(nn.Linear(5, 3), lambda o, t: F.cross_entropy(o, t, reduction="none"), batch())
 
 
-def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_a_table_and_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     assert main(["check", "examples.tiny_gpt:problem"]) == 0

@@ -17,11 +17,12 @@ from fastreg.errors import FastregError
 from fastreg.models import GPT, GPTConfig
 
 WEIGHT = 0.7
+PENALTY = fastreg.GradNorm(weight=WEIGHT)
 BATCH = BY_NAME["mlp_gelu"].batch(6)
 
 
 def step(
-    model: nn.Module, x: Tensor, y: Tensor, size: int, penalty: fastreg.Penalty = fastreg.GradNorm(weight=WEIGHT)
+    model: nn.Module, x: Tensor, y: Tensor, size: int, penalty: fastreg.Penalty = PENALTY
 ) -> oracle.Gradient:
     """The gradient of two regularised steps, of which the second is returned: the first one is also checked."""
     reg = fastreg.Regularizer(model, penalty, micro_batch_size=size)

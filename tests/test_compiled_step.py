@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ PENALTIES: dict[str, Callable[[torch.optim.Optimizer], Penalty]] = {
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_every_penalty(penalty: str, model: str) -> None:
     """Weights that change, labels and directions that are drawn anew: nothing of it is a constant of the graph."""
-    runs = [train(BY_NAME[model], PENALTIES[penalty], as_traced, eager=eager, sizes=(6,) * 6) for eager in (True, False)]
+    sizes = (6,) * 6
+    runs = [train(BY_NAME[model], PENALTIES[penalty], as_traced, eager=e, sizes=sizes) for e in (True, False)]
     assert_same(*runs, 1e-12)
     assert runs[1].graphs == 1
 
@@ -122,13 +124,14 @@ def test_every_penalty(penalty: str, model: str) -> None:
 def test_labels_differ_from_step_to_step() -> None:
     run = train(BY_NAME["gpt_tied"], PENALTIES["fisher"], as_traced, eager=False)
     drawn = [step[-1] for step in run.steps]
-    assert all(not torch.equal(a, b) for a, b in zip(drawn, drawn[1:]))
+    assert all(not torch.equal(a, b) for a, b in pairwise(drawn))
 
 
 @pytest.mark.parametrize("options", [{"every": 2}, {"check": False}, {"zeroed": False}], ids=str)
 def test_options(options: dict) -> None:
     sizes = (6, 6, 6, 4, 4, 6, 5, 4)
-    runs = [train(BY_NAME["mlp_gelu"], PENALTIES["warm_up"], as_traced, eager=e, sizes=sizes, **options) for e in (1, 0)]
+    case, penalty = BY_NAME["mlp_gelu"], PENALTIES["warm_up"]
+    runs = [train(case, penalty, as_traced, eager=e, sizes=sizes, **options) for e in (1, 0)]
     assert_same(*runs, 1e-12)
 
 
@@ -162,7 +165,8 @@ def test_options_reach_inductor() -> None:
     with pytest.raises(AttributeError, match="no such option"):
         compiled(*batch())
     fixed, found = batch(), []
-    for taken in (step_of(model, reg), fastreg.compile(step_of(model, reg), model, options={"triton.cudagraphs": True})):
+    graphed = fastreg.compile(step_of(model, reg), model, options={"triton.cudagraphs": True})
+    for taken in (step_of(model, reg), graphed):
         for _ in range(3):
             model.zero_grad()
             taken(*fixed)

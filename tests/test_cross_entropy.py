@@ -9,17 +9,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import Comparison, assert_all_close
 from torch import Tensor
 
 import fastreg
 from fastreg.cross_entropy import cross_entropy, drawn_cross_entropy
 from fastreg.errors import FastregError
-from fastreg.kernels import backend, registry
-from fastreg.kernels import cross_entropy as head
-from fastreg.kernels import cross_entropy_gradient, cross_entropy_gradient_
+from fastreg.kernels import backend, cross_entropy as head, cross_entropy_gradient, cross_entropy_gradient_, registry
 from fastreg.kernels.cross_entropy import reference
 from fastreg.kernels.cross_entropy.config import Config
+from tolerances import Comparison, assert_all_close
 
 # Triton kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

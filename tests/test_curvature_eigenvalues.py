@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastreg.curvature.eigenvalues import ROUNDINGS, top_eigenvalues
-from fastreg.curvature.recurrence import Recurrence, lanczos
 from fastreg.curvature.operator import CurvatureOperator
+from fastreg.curvature.recurrence import Recurrence, lanczos
 from fastreg.errors import FastregError
 
 SHAPES = {"weight": (3, 2), "scale": (), "bias": (4,)}

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg.curvature import density as density_module
-from fastreg.curvature import traces as trace_module
+from fastreg.curvature import density as density_module, traces as trace_module
 from fastreg.curvature.density import Density, spectral_density
 from fastreg.curvature.operator import CurvatureOperator
 from fastreg.curvature.summaries import participation_ratio, stable_rank

@@ -9,13 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_oracle import drawn_factors, explicit, second_order
-from tolerances import Comparison, assert_all_close, perturbed
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attention_oracle import drawn_factors, explicit, second_order
 from fastreg.errors import FastregError
 from fastreg.fused_attention import FusedAttention, fits
 from fastreg.kernels import (
@@ -26,6 +25,7 @@ from fastreg.kernels import (
     backend,
     registry,
 )
+from tolerances import Comparison, assert_all_close, perturbed
 
 Shape = tuple[int, int, int, int, int, int]
 SEED = torch.tensor([0x1234567890ABCDEF])

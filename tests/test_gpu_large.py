@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_ops import compare, outputs
-from tolerances import assert_all_close
 from torch import Tensor
 
 from fastreg.kernels import registry
+from test_ops import compare, outputs
+from tolerances import assert_all_close
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device with 60 GB", allow_module_level=True)

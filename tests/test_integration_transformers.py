@@ -188,7 +188,7 @@ def precise(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "vit"])
 def test_every_update_has_the_gradient_of_the_explicit_sum(kind: str, attention: str, tmp_path: Path) -> None:
-    trainer, watch, model = run(kind, tmp_path, attention)
+    _, watch, model = run(kind, tmp_path, attention)
     # Others' eager attention has its softmax in float32.
     tolerance = 1e-6 if attention == "eager" and kind != "gpt2" else 1e-10
     for step, batches in enumerate(updates(data(kind), 1, 2)):

@@ -372,7 +372,7 @@ def test_the_self_check_waits_for_finite_gradients_and_still_finds_what_is_wrong
     [
         ("float16", 1e-5, 1.0), ("float16", 1e3, 1.0),
         ("autocast float16", 1.0, 2.0**14), ("autocast float16", 1e3, LARGE),
-    ],  # fmt: skip
+    ],
 )
 def test_the_self_check_refuses_no_size_of_gradients(case: Case, mode: str, factor: float, scale: float) -> None:
     one = Setting(case, mode, factor)

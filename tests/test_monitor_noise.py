@@ -20,7 +20,6 @@ from fastreg.errors import FastregError
 from fastreg.sinks import MemorySink
 from monitored import EXACT, NOISE, SAMPLES, assert_equal, assert_same_metrics, run, train, two_batches
 
-
 # Noise
 
 

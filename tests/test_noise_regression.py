@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from regression_oracle import Recursion, definite, lyapunov
 
 from fastreg.errors import FastregError
 from fastreg.noise.regression import (
@@ -18,6 +17,7 @@ from fastreg.noise.regression import (
     with_input_noise,
     with_weight_decay,
 )
+from regression_oracle import Recursion, definite, lyapunov
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 MOMENTA = pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])

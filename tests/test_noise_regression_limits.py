@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from regression_oracle import Recursion, definite, lyapunov
 
 from fastreg.errors import FastregError
 from fastreg.noise import regression
@@ -19,6 +18,7 @@ from fastreg.noise.regression import (
     residual_variance,
     stationary,
 )
+from regression_oracle import Recursion, definite, lyapunov
 
 MOMENTA = pytest.mark.parametrize("momentum", [0.0, 0.5])
 

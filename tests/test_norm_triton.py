@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-import test_ops
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from rule_oracle import PerSample, recorded
-from tolerances import assert_all_close
+from hypothesis import given, strategies as st
 from torch import nn
 
+import test_ops
 from fastreg.kernels import _launch, registry
 from fastreg.kernels._examples import normal
 from fastreg.kernels._segments import of, uniform
@@ -26,6 +23,8 @@ from fastreg.kernels.norm_affine.config import (
     ROUNDS,
     Config,
 )
+from rule_oracle import PerSample, recorded
+from tolerances import assert_all_close
 
 pytest.importorskip("triton")
 

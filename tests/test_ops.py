@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tolerances import Comparison, assert_all_close, perturbed
 from torch import Tensor
 
 from fastreg.kernels import Implementation, Op, registry
+from tolerances import Comparison, assert_all_close, perturbed
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Named ones are required: missing, they fail. The reference is what the others are judged by.

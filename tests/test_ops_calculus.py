@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import Comparison, assert_all_close
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from fastreg.kernels import (
     normalize_backward,
     normalize_double_backward,
 )
+from tolerances import Comparison, assert_all_close
 
 EPS = 1e-3
 

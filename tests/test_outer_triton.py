@@ -5,19 +5,17 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import test_ops
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tolerances import assert_all_close
+from hypothesis import given, strategies as st
 from torch import Tensor
 
+import test_ops
 from fastreg.kernels import registry
 from fastreg.kernels._examples import OFFSETS, normal
 from fastreg.kernels._segments import of
-from fastreg.kernels.outer_sqnorm.config import LONG_PAIR, SHORT_PAIR, SINGLE_PAIR, Pair
-from fastreg.kernels.outer_sqnorm.config import WIDE as ONE_ACCUMULATOR
+from fastreg.kernels.outer_sqnorm.config import LONG_PAIR, SHORT_PAIR, SINGLE_PAIR, WIDE as ONE_ACCUMULATOR, Pair
 from fastreg.kernels.outer_sum.config import NARROW, SINGLE, WIDE, Tile
+from tolerances import assert_all_close
 
 pytest.importorskip("triton")
 

@@ -21,7 +21,24 @@ from fastreg._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = sysconfig.get_config_var("EXT_SUFFIX")
-BUILD_INPUTS = ("csrc", "fastreg", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+BUILD_INPUTS = ("csrc", "fastreg", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+# What work in a checkout leaves behind or keeps beside the package; none of it may ship.
+LEAVINGS = (
+    "fastreg/__pycache__/errors.cpython-311.pyc",
+    "fastreg/optim/.ruff_cache/left",
+    "kernels/__pycache__/left.pyc",
+    "tests/test_left.py",
+    "tests/oracle.py",
+    "examples/left.py",
+    "runs/left.json",
+)
+# A name that is None in sys.modules cannot be imported: all that a build needs are its declared requirements.
+BUILD_SCRIPT = """
+import sys
+sys.modules.update(torch=None, triton=None, numpy=None)
+import setuptools.build_meta as backend
+print("built:", backend.build_{kind}("dist"))
+"""
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false", "FASTREG_CUDA": "0"}
 
 
@@ -45,9 +62,8 @@ def run(command: list[str], cwd: Path, **variables: str) -> subprocess.Completed
 
 
 def build(tree: Path, kind: str, **variables: str) -> Path:
-    """Build the ``kind`` ("sdist" or "wheel") of ``tree`` through its backend, as pip does."""
-    script = f"import setuptools.build_meta as b; print('built:', b.build_{kind}('dist'))"
-    result = run([sys.executable, "-c", script], tree, **variables)
+    """Build the ``kind`` ("sdist" or "wheel") of ``tree`` through its backend, as pip does, with no torch to be had."""
+    result = run([sys.executable, "-c", BUILD_SCRIPT.format(kind=kind)], tree, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return tree / "dist" / result.stdout.rpartition("built: ")[2].strip()
 
@@ -63,6 +79,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(sources: Path) -> Path:
+    for name in LEAVINGS:
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).write_text("left\n", encoding="utf-8")
     return build(sources, "sdist", FASTREG_CUDA="0")
 
 
@@ -106,16 +125,24 @@ def test_wheel_holds_every_module_under_fastreg(sources: Path, wheel_names: list
     assert {name for name in wheel_names if name.endswith(".py")} == modules
 
 
-def test_wheel_holds_native_module_and_type_marker(wheel_names: list[str]) -> None:
-    assert f"fastreg/_C{EXTENSION}" in wheel_names
-    assert "fastreg/py.typed" in wheel_names
-    assert "fastreg/_build_info.json" in wheel_names
+def test_wheel_holds_the_license(wheel_names: list[str]) -> None:
     assert any(name.endswith("LICENSE") for name in wheel_names)
 
 
 def test_wheel_holds_nothing_else_and_nothing_stale(wheel_names: list[str]) -> None:
     assert {name.partition("/")[0] for name in wheel_names} == {"fastreg", f"fastreg-{__version__}.dist-info"}
-    assert not [name for name in wheel_names if "_cuda" in name and name.endswith(EXTENSION)]
+    others = {name for name in wheel_names if name.startswith("fastreg/") and not name.endswith(".py")}
+    assert others == {f"fastreg/_C{EXTENSION}", "fastreg/py.typed", "fastreg/_build_info.json"}
+
+
+def test_sdist_holds_what_a_build_reads_and_nothing_else(sources: Path, sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    modules = python_files(sources / "fastreg", "fastreg/") | python_files(sources / "kernels", "kernels/")
+    assert modules | {"fastreg/py.typed", "pyproject.toml", "setup.py", "README.md", "LICENSE"} <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {"csrc", "fastreg", "fastreg.egg-info", "kernels"}
+    assert not names & set(LEAVINGS)
 
 
 def test_sdist_holds_every_native_source(sources: Path, unpacked: Path) -> None:
@@ -192,8 +219,15 @@ def test_code_the_compiler_rejects_is_an_error(tmp_path: Path) -> None:
     assert not info.exists()
 
 
-def test_version_comes_from_one_place() -> None:
+def test_version_comes_from_one_place(tmp_path: Path) -> None:
     assert metadata.version("fastreg") == __version__ == fastreg._C.version()
+    tree = copy_sources(tmp_path / "tree")
+    (tree / "fastreg" / "_version.py").write_text('__version__ = "7.8.9"\n', encoding="utf-8")
+    wheel = build(tree, "wheel", **NO_COMPILER)
+    assert wheel.name.startswith("fastreg-7.8.9-")
+    (described,) = metadata.distributions(path=[str(wheel)])
+    assert (described.version, described.metadata["License-Expression"]) == ("7.8.9", "Apache-2.0")
+    assert "fastreg-7.8.9" in build(tree, "sdist", **NO_COMPILER).name
 
 
 def test_native_module_shares_torch_threads() -> None:

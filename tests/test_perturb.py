@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from test_distributed import assert_mean_over_ranks, join, problem, spawn
 
 SAMPLES, WEIGHT = 6, 0.7
 EPS = torch.finfo(torch.float64).eps
-# ||w|| over the displacement at which the gradient is another one: every derivative more brings one such factor. Largest
-# where a norm or a softmax follows few features.
+# ||w|| over the displacement at which the gradient is another one: every derivative more brings one such factor.
+# Largest where a norm or a softmax follows few features.
 CURVED = 64
 # Relative to the penalty's part of the gradient. Truncation is of the order CURVED * radius, for central differences
 # of its square, and the default radius is where rounding, eps / radius, is no larger.
@@ -101,7 +102,9 @@ def looked_ahead(case: Case, size: int, weight: float) -> oracle.Gradient:
 
 
 @pytest.mark.filterwarnings("ignore:Regularizer. the network has kinks")
-@pytest.mark.parametrize(("case", "size"), [(c, n) for c, n in GRID if n in (4, 1)], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    ("case", "size"), [(c, n) for c, n in GRID if n in (4, 1)], ids=lambda v: getattr(v, "name", v)
+)
 def test_lookahead_is_the_gradient_at_moved_weights(case: Case, size: int) -> None:
     got = gradient(case.model(), case, fastreg.GradNorm(0.05), size, difference="lookahead")
     oracle.assert_same_gradient(got, looked_ahead(case, size, 0.05))
@@ -130,7 +133,7 @@ def test_order_of_convergence(name: str, difference: str, fall: int) -> None:
         weight, options = (step, {}) if difference == "lookahead" else (WEIGHT, {"radius": step})
         got = gradient(case.model(), case, fastreg.GradNorm(weight), 2, difference=difference, **options)
         errors.append(error(got, exact(case, 2, weight=weight), loss_gradient(case, 2)))
-    assert [a / b for a, b in zip(errors, errors[1:])] == pytest.approx([fall, fall], rel=0.05)
+    assert [a / b for a, b in pairwise(errors)] == pytest.approx([fall, fall], rel=0.05)
 
 
 # Forms of the loss

@@ -6,8 +6,7 @@ A falsifying example prints its specification.
 from __future__ import annotations
 
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from torch import Tensor, nn
 
 import fastreg

@@ -30,9 +30,9 @@ from fastreg.recipes.methods import (
     Method,
 )
 from fastreg.recipes.papers import grafting, micro_batch_sweep
+from fastreg.recipes.presets import MODELS
 from fastreg.recipes.progress import Progress
 from fastreg.recipes.report import summarise, table, verdict
-from fastreg.recipes.presets import MODELS
 from fastreg.recipes.settings import DEFAULTS, Settings, default_settings, preset
 from fastreg.recipes.sweep import candidates
 from fastreg.recipes.training import Run

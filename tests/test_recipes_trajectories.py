@@ -118,7 +118,7 @@ def test_an_epoch_without_replacement_has_every_batch_once_in_all_orders() -> No
 def test_sgd_of_the_recipes_is_that_of_hand_written_steps() -> None:
     model, data = nn.Linear(3, 1).double(), (torch.randn(6, 3).double(), torch.randn(6, 1).double())
     weight, bias = (p.detach().clone() for p in model.parameters())
-    order = list(islice(batches("without replacement", 6, 2, seed=3), 6)) + [None]
+    order = [*islice(batches("without replacement", 6, 2, seed=3), 6), None]
     assert sorted(sum(order[:3], [])) == sorted(sum(order[3:6], [])) == list(range(6))
     assert list(descend(model, nn.functional.mse_loss, data, order, 0.1)) == list(range(8))
     for index in order:

@@ -477,7 +477,7 @@ def test_ddp_and_fsdp_reduce_the_gradients_of_blocks(tmp_path: Path) -> None:
 
 
 def test_copies_and_pickles_are_checkpointed_and_their_own() -> None:
-    model, x, y = mlp()
+    model, x, _ = mlp()
     first = checkpointed(model)
     for one in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
         nn.init.zeros_(one[1].down.weight)

@@ -9,8 +9,8 @@ import torch
 
 from fastreg.cli import main
 from fastreg.errors import FastregError
-from fastreg.recipes.methods import GRAD_NORM, LARGE_BATCH
 from fastreg.optional import require
+from fastreg.recipes.methods import GRAD_NORM, LARGE_BATCH
 from fastreg.recipes.progress import Progress
 
 SHORT = ["train", "--epochs", "1", "--seeds", "1", "--methods", LARGE_BATCH, GRAD_NORM]

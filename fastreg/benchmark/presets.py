@@ -148,7 +148,8 @@ def _tokens(config: GPTConfig) -> Draw:
 def _language_model(name: str, width: int, layers: int, heads: int, context: int, batch: int) -> Preset:
     """One at a size that is trained with; its kind is gated at a smaller one."""
     config = GPTConfig(vocab=50304, context=context, width=width, layers=layers, heads=heads)
-    about = f"{layers} layers, width {width}, {heads} heads, {context} tokens, vocabulary 50304, tied head, batch {batch}"
+    about = f"{layers} layers, width {width}, {heads} heads, {context} tokens"
+    about += f", vocabulary 50304, tied head, batch {batch}"
     return Preset(name, about, lambda: GPT(config), _tokens(config), batch, by_default=False, gate="gpt")
 
 

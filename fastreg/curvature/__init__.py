@@ -4,9 +4,9 @@ from fastreg.curvature.along import Along, curvature_along
 from fastreg.curvature.density import Density, spectral_density
 from fastreg.curvature.eigenvalues import top_eigenvalues
 from fastreg.curvature.functions import batched_hvp, fisher_vp, ggn_vp
-from fastreg.curvature.recurrence import Lanczos, lanczos
 from fastreg.curvature.matrices import GGN, Fisher, Hessian
 from fastreg.curvature.operator import CurvatureOperator
+from fastreg.curvature.recurrence import Lanczos, lanczos
 from fastreg.curvature.sharpness import SharpnessMargin, batch_sharpness, gradient_curvatures, sharpness_margin
 from fastreg.curvature.summaries import participation_ratio, stable_rank
 from fastreg.curvature.traces import Trace, trace

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastreg.curvature.recurrence import lanczos
 from fastreg.curvature.operator import CurvatureOperator
+from fastreg.curvature.recurrence import lanczos
 from fastreg.curvature.traces import check_count, signs
 from fastreg.errors import FastregError
 

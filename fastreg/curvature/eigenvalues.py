@@ -8,8 +8,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastreg.curvature.recurrence import Recurrence, random_rows
 from fastreg.curvature.operator import CurvatureOperator
+from fastreg.curvature.recurrence import Recurrence, random_rows
 from fastreg.errors import FastregError
 
 # The first k by ascending key are the ones wanted.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastreg.curvature.recurrence import random_rows
 from fastreg.curvature.operator import CurvatureOperator
+from fastreg.curvature.recurrence import random_rows
 from fastreg.errors import FastregError
 
 # Fewest products from which a method can also tell its standard error.

@@ -180,7 +180,7 @@ def _mean(epochs: Epochs, draws: Draws, lr: float, complete: bool) -> tuple[Tens
 
 
 def _converted(holder: nn.Module | Tensor, dtype: torch.dtype | None) -> nn.Module | Tensor:
-    kept = dtype is None or isinstance(holder, Tensor) and not holder.is_floating_point()
+    kept = dtype is None or (isinstance(holder, Tensor) and not holder.is_floating_point())
     return holder if kept else holder.to(dtype)
 
 

@@ -112,8 +112,8 @@ def drift_weight(out: Tensor, noise: Tensor, steps: int) -> Tensor:
         W(a, c) = sum_{0 <= s < t < k} a^(k-1-t) c^(t-1-s) = sum_{t < k} a^(k-1-t) (1 - c^t) / (1 - c)
 
     ``k (k - 1) / 2`` at a = c = 1. Inside (-1, 1) it tends to ``1 / ((1 - a) (1 - c))``; beyond, past the edge of
-    stability, it grows like ``max(|a|, |c|)^k``, with a factor k at a = c. ``W / (k (k - 1))`` is the finite-k form of :func:`flat_drift_weight`,
-    its limit for a = 1.
+    stability, it grows like ``max(|a|, |c|)^k``, with a factor k at a = c. ``W / (k (k - 1))`` is the finite-k form of
+    :func:`flat_drift_weight`, its limit for a = 1.
 
     Args:
         out: ``a = 1 - lr lambda_a`` of the direction that is driven, of any shape.

@@ -17,8 +17,8 @@ def stability_load(
         load = (1/S) sum_i  lr a_i / (2 (1 - mu) - ((1 - mu) / (1 + mu) + 1/S) lr a_i)
 
     Second moments of SGD's weights stay finite below 1: exactly for linear regression on Gaussian inputs, where ``a_i``
-    are the eigenvalues of ``E x x^T`` (:func:`fastreg.noise.regression.maximal_lr` has the learning rate of load 1). For a
-    network near a minimum, eigenvalues of the Gauss-Newton matrix stand for them: an estimate of where noise, not
+    are the eigenvalues of ``E x x^T`` (:func:`fastreg.noise.regression.maximal_lr` has the learning rate of load 1).
+    For a network near a minimum, eigenvalues of the Gauss-Newton matrix stand for them: an estimate of where noise, not
     curvature alone, ends stability. ``S -> infinity`` leaves ``lr a_max < 2 (1 + mu)``.
 
     Args:

@@ -27,9 +27,9 @@ class FisherTrace(TargetPenalty):
         R = (1/m) sum_k ||gh_k||^2,   gh_k = grad (1/b) sum_{i in k} -log p(yh_i | x_i),   yh_i ~ softmax(outputs_i)
 
     One label is drawn per prediction, as in Novack et al. 2022 (arXiv:2211.15853, section 3 and its code). Over the
-    draw ``E R = tr F / b``: the labels are independent given the outputs, so cross terms vanish; ``b`` is the micro-batch
-    size, and ``micro_batch_size=1`` gives the trace itself, with less variance. For outputs ``[B, T, C]`` there are
-    ``T`` predictions per sample and the mean runs over all of them.
+    draw ``E R = tr F / b``: the labels are independent given the outputs, so cross terms vanish; ``b`` is the
+    micro-batch size, and ``micro_batch_size=1`` gives the trace itself, with less variance. For outputs
+    ``[B, T, C]`` there are ``T`` predictions per sample and the mean runs over all of them.
 
     ``labels="exact"`` sums over all C classes instead, ``R = tr F = (1/B) sum_i sum_y p_iy ||grad -log p_iy||^2``: no
     draw, C first passes and their memory, and per-sample norms only.

@@ -34,8 +34,8 @@ class GradNorm(Penalty):
         unsquared              (1/m) sum_k ||g_k||: the penalty of Zhao, Zhang, Hu 2022 (arXiv:2202.03599)
 
     The first is what large-batch steps at the same learning rate lack (their own give (eta/4) ||g||^2); the
-    expectations hold for independent samples, ragged micro-batches included. All are exact, value and gradient, in the one batched
-    pass; with ``centered`` or ``unbiased`` it forms g too, three layer products more.
+    expectations hold for independent samples, ragged micro-batches included. All are exact, value and gradient, in
+    the one batched pass; with ``centered`` or ``unbiased`` it forms g too, three layer products more.
 
     Args:
         weight: the coefficient of R, in units of (loss / gradient norm squared), that is of a learning rate; a number

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from fastreg.recipes.methods import Method
 from fastreg.optional import require
+from fastreg.recipes.methods import Method
 from fastreg.recipes.report import Results, Summary, summarise
 from fastreg.recipes.settings import Settings
 

@@ -25,6 +25,7 @@ from fastreg.recipes.scoring import Score, evaluate
 from fastreg.recipes.settings import Settings
 from fastreg.sinks import CSVSink
 
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a sample's output in training depends on the other samples of its forward pass."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.errors import FastregError
-from fastreg.normalize import normalize_micro_batches
 from fastreg.micro_batches import MicroBatches
+from fastreg.normalize import normalize_micro_batches
 from fastreg.rules.affine import Scale, affine, differentiated, refuse_parameter, tap_affine
 from fastreg.rules.registry import route
 from fastreg.rules.tape import Tape

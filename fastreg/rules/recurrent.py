@@ -154,7 +154,7 @@ def _run(
         terms, product = base, lambda term, h: term + tape.enter(use, h, *weights[1::2])
     else:
         terms = Enter.apply(use, handover, base, *weights[1::2], tape.root)
-        product = lambda term, h: Step.apply(term, h, weights.recurrent)
+        product = lambda term, h: Step.apply(term, h, weights.recurrent)  # noqa: E731
     hidden = [state[0]]
     for given_t, term in zip(given.unbind(1), terms.unbind(1)):
         state = cell.step(given_t, product(term, state[0]), state)

@@ -27,7 +27,6 @@ from fastreg.rules.perturbation import keep_direction
 from fastreg.rules.use import Use
 from fastreg.session import Phase
 
-
 # The overload: looking it up by name takes longer than the call.
 _SAME = torch.ops.aten._unsafe_view.default
 
@@ -99,7 +98,12 @@ class Tap(Function):
 
 
 def _tapped(
-    use: Use, before: Callable[[Tensor], Tensor] | None, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    use: Use,
+    before: Callable[[Tensor], Tensor] | None,
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor | None:
     """Squared norms of the micro-batches selected; parts of parameters with other uses are left with the session."""
     norms = Parts(use.alone(use.weight), use.alone(use.bias))

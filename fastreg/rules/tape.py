@@ -55,7 +55,13 @@ class Tape:
         return out
 
     def bilinear(
-        self, op: Bilinear, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, autocast: bool = False
+        self,
+        op: Bilinear,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        autocast: bool = False,
     ) -> Tensor:
         """``op(x, weight, bias)``, recorded.
 
@@ -136,5 +142,5 @@ class Tape:
         bias: Tensor | None,
         before: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """``y = op(before(x), weight, bias)`` as torch computed it, with squared norms taken when its gradient passes."""
+        """``y = op(before(x), weight, bias)`` as torch computed it; squared norms are taken as its gradient passes."""
         return Tap.apply(use, before, y, *(None if t is None else t.detach() for t in (x, weight, bias)), self.root)

@@ -38,7 +38,8 @@ def tanh_derivatives(x):
     larger = 1.0 / (1.0 + e)
     sigma = tl.where(x < 0, e * larger, larger)
     sigma_slope = e * larger * larger
-    return sigma + x * sigma_slope * slope, sigma_slope * (2.0 * slope + x * (bend + slope * slope * (1.0 - 2.0 * sigma)))
+    second = sigma_slope * (2.0 * slope + x * (bend + slope * slope * (1.0 - 2.0 * sigma)))
+    return sigma + x * sigma_slope * slope, second
 
 
 @triton.jit

@@ -58,8 +58,8 @@ def outer_apply(
 ) -> Tensor:
     r"""Each row of ``q`` through its own segment's outer-product sum of ``v`` and ``k``.
 
-    ``out_s = onto_s + factors_k sum_{t in k} (q_s.k_t + bias) v_t`` for the segment k of row s: the matrix product ``(Q K^T) V`` with
-    ``Q K^T`` masked to segments, or ``G_k q_s`` with ``G_k = sum_{t in k} v_t k_t^T``. Unscaled.
+    ``out_s = onto_s + factors_k sum_{t in k} (q_s.k_t + bias) v_t`` for the segment k of row s: the matrix product
+    ``(Q K^T) V`` with ``Q K^T`` masked to segments, or ``G_k q_s`` with ``G_k = sum_{t in k} v_t k_t^T``. Unscaled.
 
     Args:
         q: [S, I] float.

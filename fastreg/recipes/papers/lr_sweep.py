@@ -10,8 +10,8 @@ No momentum, no weight decay, constant learning rates, equal numbers of epochs. 
 both held-out accuracies peak at similar values of eta and lambda, and the second recovers part of what the first gains
 over SGD at the small learning rate. Gains are means over seeds of differences between runs of the same seed.
 
-The defaults for digits (256 samples, the grids, the small rate, the epochs) were chosen after looking at runs of seeds 0
-to 3, on the digits that are reported; so these seeds are not among the defaults.
+The defaults for digits (256 samples, the grids, the small rate, the epochs) were chosen after looking at runs of seeds
+0 to 3, on the digits that are reported; so these seeds are not among the defaults.
 """
 
 from __future__ import annotations
