@@ -5,7 +5,7 @@
 #   VENV=path           where the environment is (default .venv)
 #   VENV=               no environment: use PYTHON's own packages as they are, for instance a torch
 #                       built for this GPU; only fastreg itself is built and installed there
-#   WORKERS=2           processes that share the tests, a file each at a time
+#   WORKERS=2           processes that share the tests, a file and a thread each at a time
 #   ARGS="..."          passed on to `fastreg train`, `fastreg bench`, pytest, ruff or sphinx
 
 PYTHON ?= python3
@@ -46,7 +46,7 @@ demo: $(READY)
 	$(BIN_PYTHON) -m fastreg train $(ARGS)
 
 test: $(READY)
-	$(BIN_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # ruff alone: it needs neither torch nor a build.
 lint: $(LINT_READY)
