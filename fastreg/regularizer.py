@@ -219,7 +219,8 @@ class Regularizer:
             )
         due = self._active() and self._due()
         unchecked = self.check and not self._checked
-        return due and (unchecked or any(one.eager_next for one in self.penalties)), (due, self.enabled)
+        constants = tuple(one.constants for one in self.penalties) if due else ()
+        return due and (unchecked or any(one.eager_next for one in self.penalties)), (due, self.enabled, constants)
 
     def _active(self) -> bool:
         return self.enabled and self.model.training

@@ -142,6 +142,30 @@ def test_a_resumed_run_goes_on() -> None:
     assert saved[0] == saved[1] == [{"seed": 0, "draws": STEPS}]
 
 
+def test_a_loaded_seed_draws_the_labels_of_the_next_step() -> None:
+    """Also where the step was compiled with another one."""
+    case, drawn = BY_NAME["gpt_tied"], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = case.model()
+        reg = fastreg.Regularizer(model, fastreg.FisherTrace(0.1, seed=0), micro_batch_size=SIZE)
+
+        def step(x: Tensor, y: Tensor, model: nn.Module = model, reg: fastreg.Regularizer = reg) -> None:
+            outputs = model(x)
+            reg(case.loss_fn(outputs, y), outputs).backward()
+
+        taken = fastreg.compile(step, model, compiler=as_traced) if compiled else step
+        labels = []
+        for seed in (0, 0, 7, 0):
+            reg.penalties[0].load_state_dict({"seed": seed, "draws": 5})
+            taken(*case.batch(6))
+            labels.append(reg.penalties[0].last_labels.clone())
+        drawn.append(labels)
+    eager, compiled = drawn
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert torch.equal(eager[0], eager[3]) and not torch.equal(eager[0], eager[2])
+
+
 def test_per_micro_batch_norms() -> None:
     runs = [train(BY_NAME["mlp_gelu"], PENALTIES["warm_up"], as_traced, eager=eager) for eager in (True, False)]
     torch.testing.assert_close(runs[1].reg.sq_norms, runs[0].reg.sq_norms, rtol=1e-12, atol=0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,11 @@ class Penalty(ABC):
         """Whether values of tensors decide what is done in the next step, which therefore is never a compiled one."""
         return False
 
+    @property
+    def constants(self) -> Hashable:
+        """Python's values that become constants of a compiled step; other ones make it another graph."""
+        return None
+
     def open(self, session: Session) -> None:
         """Say what is to be recorded besides norms, before a forward."""
 
@@ -206,11 +211,11 @@ def squared_norm(gradients: Sequence[Tensor | None]) -> Tensor:
 
 class _SquaredNorm(Function):
     @staticmethod
-    def forward(ctx, *gradients: Tensor) -> Tensor:
+    def forward(ctx: Any, *gradients: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         return multi_sqnorm([g.contiguous() for g in gradients]).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor):
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(torch._foreach_mul(ctx.saved_tensors, 2 * v))

@@ -91,6 +91,10 @@ class FisherTrace(TargetPenalty):
         self._draws = Draws(self.seed)
         self._residual: Tensor | None = None
 
+    @property
+    def constants(self) -> int:
+        return self._draws.seed
+
     def target(self, logits: Tensor, cut: MicroBatches, *, again: bool) -> Tensor:
         if self.gradient == "frozen":
             if not again:
