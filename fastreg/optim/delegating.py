@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -40,6 +41,7 @@ class Delegating(Optimizer):
                 f"{type(self).__name__}: base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__} "
                 "(build it first: torch.optim.SGD(model.parameters(), lr=0.1))"
             )
+        _check_step(type(self).__name__, base)
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.base = base
 
@@ -78,3 +80,20 @@ class Delegating(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+
+def _check_step(wrapper: str, base: Optimizer) -> None:
+    """Refuse a base whose step without a closure is none, or not its own."""
+    name = type(base).__name__
+    # Of the class: schedulers put a function of their own in the place of the bound method.
+    _, *arguments = inspect.signature(type(base).step).parameters.values()
+    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in arguments):
+        raise FastregError(
+            f"{wrapper}: base_optimizer must step without a closure, got {name} (it runs its closure several times a "
+            "step: for a penalty give it one that ends in reg(loss).backward(), without a wrapper)"
+        )
+    if type(base).step is Delegating.step:
+        raise FastregError(
+            f"{wrapper}: base_optimizer must not make gradients of its own, got {name} (only one of them would: wrap "
+            f"the optimizer inside it, {type(base.base).__name__})"
+        )

@@ -59,13 +59,13 @@ class Grafted(Delegating):
     _step_supports_amp_scaling = False
 
     def __init__(self, base_optimizer: Optimizer, magnitude: Magnitude) -> None:
-        super().__init__(base_optimizer)
         if isinstance(base_optimizer, Delegating):
             name = type(base_optimizer).__name__
             raise FastregError(
                 f"Grafted: base_optimizer must not make gradients of its own, got {name} (wrap it the other way round: "
                 f"{name}(Grafted(base, magnitude), ...))"
             )
+        super().__init__(base_optimizer)
         if not isinstance(magnitude, Magnitude):
             raise FastregError(
                 f"Grafted: magnitude must be a fastreg.optim.Magnitude, got {type(magnitude).__name__} (UnitNorm(), "
