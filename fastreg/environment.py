@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import platform
-import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -18,9 +18,24 @@ import torch
 import fastreg
 from fastreg import kernel_report
 from fastreg._version import __version__
+from fastreg.cli_output import add_json, deliver
 from fastreg.kernels import explain, registry
 
-PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "matplotlib", "tqdm")
+# What an optional package is for, and how to get it; the others come with fastreg.
+PACKAGES = {
+    "torch": None,
+    "triton": ("kernels for GPUs", "pip install triton, on Linux"),
+    "numpy": None,
+    "scipy": ("noise measures and their tests", "pip install 'fastreg[demo]'"),
+    "scikit-learn": ("the digits of train and recipe", "pip install 'fastreg[demo]'"),
+    "matplotlib": ("figures", "pip install 'fastreg[demo]'"),
+    "tqdm": ("progress bars on a terminal", "pip install 'fastreg[demo]'"),
+    "accelerate": ("its training loop", "pip install 'fastreg[integrations]'"),
+    "lightning": ("its Trainer", "pip install 'fastreg[integrations]'"),
+    "transformers": ("its Trainer", "pip install 'fastreg[integrations]'"),
+    "tensorboard": ("TensorBoardSink", "pip install 'fastreg[logging]'"),
+    "wandb": ("WandbSink", "pip install 'fastreg[logging]'"),
+}
 NATIVE_MODULES = {"_C": "C++ kernels for CPUs", "_cuda": "C++ kernels for NVIDIA GPUs"}
 NOT_BUILT = "not built, or its build failed (run `pip install .` in fastreg's source folder)"
 
@@ -57,6 +72,13 @@ def package_versions() -> dict[str, str | None]:
     """Version of Python and of every package fastreg uses; None if it is not installed."""
     versions: dict[str, str | None] = {"fastreg": __version__, "python": platform.python_version()}
     return versions | {name: package_version(name) for name in PACKAGES}
+
+
+def _version_words(name: str, version: str | None) -> str:
+    if version is not None:
+        return version
+    purpose, remedy = PACKAGES.get(name) or ("needed", "reinstall fastreg")
+    return f"not installed: {purpose} ({remedy})"
 
 
 def build_info() -> dict[str, dict[str, bool | str]]:
@@ -111,7 +133,7 @@ def devices() -> list[dict[str, str | float]]:
     found: list[dict[str, str | float]] = [{"device": "cpu", "name": platform.machine()}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        entry = {
+        entry: dict[str, str | float] = {
             "device": f"cuda:{index}",
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
@@ -144,7 +166,7 @@ def collect() -> Report:
     return Report(package_versions(), system(), devices(), modules, ops)
 
 
-def _section(title: str, rows: dict[str, object]) -> list[str]:
+def _section(title: str, rows: Mapping[str, object]) -> list[str]:
     width = max(map(len, rows), default=0)
     return [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items()), ""]
 
@@ -155,7 +177,7 @@ def _backends_line(backends: dict[str, str | None]) -> str:
 
 def format_report(report: Report) -> str:
     """The report as text, one section per field."""
-    versions = {name: version or "not installed" for name, version in report.versions.items()}
+    versions = {name: _version_words(name, version) for name, version in report.versions.items()}
     found = {
         str(entry["device"]): ", ".join(f"{value}" for key, value in entry.items() if key != "device")
         for entry in report.devices
@@ -176,7 +198,7 @@ def format_report(report: Report) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``fastreg env``."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_json(parser)
     parser.add_argument(
         "--kernels",
         nargs="*",
@@ -191,6 +213,8 @@ def run(args: argparse.Namespace) -> int:
     if args.kernels is not None:
         return kernel_report.run(args.kernels, args.json)
     report = collect()
-    text = json.dumps(asdict(report), indent=2) if args.json else format_report(report)
-    sys.stdout.write(text + "\n")
+    if args.json:
+        deliver(asdict(report), True)
+    else:
+        print(format_report(report))
     return 0

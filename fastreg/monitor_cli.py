@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+from fastreg.cli_output import add_json, at_least_one, deliver, plot_file
 from fastreg.errors import FastregError
+from fastreg.optional import require
 
 Series = dict[str, dict[int, float]]
 
 EPILOG = """\
-Mean, min and max are over finite values. Of a step that a resumed run has written again, the later row counts.
-
-example:
-  fastreg monitor run.csv --last 100 --plot run.png
-"""
+Mean, min and max are over finite values. Of a step that a resumed run has written again, the later row counts."""
 COLUMNS = ("metric", "rows", "last", "mean", "min", "max", "trend")
 BARS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 40
@@ -29,25 +27,30 @@ TREND_WIDTH = 40
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, metavar="FILE", help="written by fastreg.sinks.CSVSink or JSONLSink")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw one panel per metric (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=plot_file, metavar="OUT.svg", help="draw one panel per metric, as .png, .svg or .pdf"
+    )
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="only these metrics (default: all)")
-    parser.add_argument("--last", type=int, metavar="N", help="only the last N rows of each metric (default: all)")
+    parser.add_argument(
+        "--last", type=at_least_one, metavar="N", help="only the last N rows of each metric (default: all)"
+    )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and draw the plot; FastregError if the file or a request cannot be served."""
-    if args.last is not None and args.last < 1:
-        raise FastregError(f"monitor: --last must be at least 1, got {args.last}")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise FastregError("monitor: --plot must have matplotlib, got none installed (pip install 'fastreg[demo]')")
+    """Print the table or the document, and draw the plot; FastregError if the file or a request cannot be served."""
+    if args.plot is not None:
+        require("matplotlib")
     series = read_series(args.file)
     unknown = [name for name in args.metric or () if name not in series]
     if unknown:
         raise FastregError(f"monitor: --metric must be among {list(series)}, got {unknown}")
     chosen = {name: _last_rows(series[name], args.last) for name in args.metric or series}
-    print(table(chosen))
+    if args.json:
+        deliver({"file": str(args.file), "metrics": {name: summary(chosen[name]) for name in chosen}}, True)
+    else:
+        print(table(chosen))
     if args.plot is not None:
         draw(args.plot, chosen, title=args.file.name)
     return 0
@@ -88,12 +91,12 @@ def _last_rows(points: dict[int, float], count: int | None) -> dict[int, float]:
     return dict(rows if count is None else rows[-count:])
 
 
-def _csv_parser(header: str) -> Callable[[str], dict]:
+def _csv_parser(header: str) -> Callable[[str], dict[str, str]]:
     names = next(csv.reader([header]), [])
     return lambda line: dict(zip(names, next(csv.reader([line])), strict=True))
 
 
-def _values(parse: Callable[[str], dict], line: str, place: str) -> tuple[int, dict[str, float]]:
+def _values(parse: Callable[[str], dict[str, Any]], line: str, place: str) -> tuple[int, dict[str, float]]:
     try:
         values = {name: math.nan if value is None else float(value) for name, value in dict(parse(line)).items()}
         return int(values.pop("step")), values
@@ -105,7 +108,7 @@ def _values(parse: Callable[[str], dict], line: str, place: str) -> tuple[int, d
 
 def table(series: Series) -> str:
     """One line per metric: rows, last, mean, min, max and the trend."""
-    rows = [COLUMNS, *(_summary(name, list(points.values())) for name, points in series.items())]
+    rows = [COLUMNS, *(_cells(name, points) for name, points in series.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS) - 1)]
     lines = []
     for name, *numbers, trend in rows:
@@ -114,10 +117,24 @@ def table(series: Series) -> str:
     return "\n".join(lines)
 
 
-def _summary(name: str, values: Sequence[float]) -> tuple[str, ...]:
-    finite = [value for value in values if math.isfinite(value)] or [math.nan]
-    numbers = (values[-1], fmean(finite), min(finite), max(finite))
-    return name, str(len(values)), *(f"{number:.4g}" for number in numbers), sparkline(values)
+def summary(points: dict[int, float]) -> dict[str, float]:
+    """Number of rows, first and last step, last value, and mean, min and max of the finite values (nan without any).
+
+    Example:
+        >>> from fastreg.monitor_cli import summary
+        >>> summary({1: 0.5, 4: 0.25})["mean"]
+        0.375
+    """
+    values = list(points.values())
+    known = [value for value in values if math.isfinite(value)] or [math.nan]
+    found = {"last": values[-1], "mean": fmean(known), "min": min(known), "max": max(known)}
+    return {"rows": len(values), "first_step": min(points), "last_step": max(points), **found}
+
+
+def _cells(name: str, points: dict[int, float]) -> tuple[str, ...]:
+    found = summary(points)
+    numbers = (f"{found[column]:.4g}" for column in ("last", "mean", "min", "max"))
+    return name, str(len(points)), *numbers, sparkline(list(points.values()))
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -138,17 +155,9 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def draw(path: Path, series: Series, title: str) -> None:
-    """One panel per metric over steps; a value that is not finite leaves a gap.
-
-    Raises:
-        FastregError: matplotlib cannot write files of that extension.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 0.6 + 2 * len(series)), layout="constrained")
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise FastregError(f"monitor: --plot must end in one of {sorted(formats)}, got {str(path)!r}")
+    """One panel per metric over steps; a value that is not finite leaves a gap."""
+    # Figure without pyplot: no display is looked for and no global state is left behind.
+    figure = require("matplotlib.figure").Figure(figsize=(7, 0.6 + 2 * len(series)), layout="constrained")
     panels = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (name, points) in zip(panels, series.items()):
         panel.plot(list(points), list(points.values()), marker=".", markersize=3, linewidth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         run=lambda args: args.size,
     )
     monkeypatch.setitem(sys.modules, "boom_command", module)
-    monkeypatch.setitem(cli.COMMANDS, "boom", cli.Command("boom_command", "fails", "fastreg boom"))
+    monkeypatch.setitem(cli.COMMANDS, "boom", cli.Command("boom_command", "fails", ("fastreg boom",)))
     return module
 
 
@@ -62,8 +63,11 @@ def test_refusal_while_arguments_are_declared_is_one_line_too(
     ("arguments", "complaint"),
     [
         ([], "required: COMMAND"),
-        (["dance"], "invalid choice: 'dance'"),
-        (["env", "--yaml"], "unrecognized arguments: --yaml"),
+        (["dance"], "invalid choice: 'dance' (choose from env, check,"),
+        (["chekc"], "invalid choice: 'chekc', did you mean check? (choose from"),
+        (["env", "--yaml"], "arguments must be among --help, --json, --kernels, got --yaml"),
+        (["env", "--jason"], "got --jason, did you mean --json?"),
+        (["env", "--js"], "got --js"),
         (["boom", "--size", "big"], "invalid int value: 'big'"),
     ],
 )
@@ -83,15 +87,36 @@ def test_help_names_every_command_and_gives_examples(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     for name, entry in cli.COMMANDS.items():
         assert f"    {name} " in text
-        assert entry.example in text
+        assert entry.examples[0] in text
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
-def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_with_examples_and_exit_statuses(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_info:
         cli.main([name, "--help"])
     assert exit_info.value.code == 0
-    assert f"usage: fastreg {name}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"usage: fastreg {name}" in text
+    assert all(f"\n  {example}\n" in text for example in cli.COMMANDS[name].examples)
+    assert "exit status:\n  0    done\n" in text
+
+
+def parsed(*path: str) -> set[str]:
+    """The options of the subcommand at ``path``."""
+    parser = cli.build_parser(path[0])
+    for name in path:
+        parser = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[name]
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("command", [example for entry in cli.COMMANDS.values() for example in entry.examples])
+def test_examples_of_the_help_are_of_options_that_exist(command: str) -> None:
+    program, name, *words = command.partition(" >")[0].split()
+    assert program == "fastreg"
+    path = [name, *words[:1]] if name == "recipe" and words else [name]
+    assert {word for word in words if word.startswith("-")} <= parsed(*path)
 
 
 def test_a_command_imports_only_its_own_module() -> None:
@@ -141,8 +166,10 @@ def test_env_text_has_every_fact_of_the_json(capsys: pytest.CaptureFixture[str])
 
 
 def test_missing_package_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "PACKAGES", ("no-such-distribution",))
+    monkeypatch.setattr(environment, "PACKAGES", {"no-such-distribution": ("dreams", "go to sleep")})
     assert environment.package_versions()["no-such-distribution"] is None
+    text = environment.format_report(environment.collect())
+    assert "no-such-distribution  not installed: dreams (go to sleep)" in text
 
 
 def test_module_of_another_version_is_called_stale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,8 +152,6 @@ def test_a_run_writes_its_figure_and_prints_its_table(echoed: Path, capsys: pyte
         (["echo", "--preset", "tiny"], "invalid choice: 'tiny'"),
         (["echo", "--preset", "large", "--quick"], "not allowed with"),
         (["ecco"], "invalid choice: 'ecco'"),
-        ([], "one of NAME and --list must be given"),
-        (["--list", "echo"], "one of NAME and --list must be given"),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2(
@@ -179,6 +177,6 @@ def test_help_tells_options_and_defaults(echoed: Path, capsys: pytest.CaptureFix
 
 
 def test_the_list_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipe", "--list"]) == 0
+    assert main(["recipe"]) == 0
     text = capsys.readouterr().out
     assert all(f"{entry.name}\n    {entry.claim}\n    {entry.paper}" in text for entry in catalogue().values())

@@ -1,4 +1,4 @@
-"""Sinks and the ``fastreg monitor`` command that reads what they write."""
+"""Sinks: what reaches files, trackers and terminals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastreg.cli import main
 from fastreg.errors import FastregError
-from fastreg.monitor_cli import sparkline
-from fastreg.sinks import CSVSink, JSONLSink, MemorySink, Sink, TensorBoardSink, TerminalSink
+from fastreg.sinks import CSVSink, JSONLSink, MemorySink, Sink, TensorBoardSink, TerminalSink, WandbSink
 
 A, B = "fastreg/a", 'odd, "b"'
 
@@ -106,6 +105,75 @@ def test_tensorboard_gets_every_value_and_stays_open() -> None:
     assert calls == [(A, 1.0, 7), (B, 2.0, 7)]
 
 
+def test_tensorboard_itself_reads_the_rows_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer, TensorBoardSink(writer) as sink:
+        sink.write(3, {A: 0.5})
+        sink.write(7, {A: 0.25, "b": math.inf})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == {A: [(3, 0.5), (7, 0.25)], "b": [(7, math.inf)]}
+
+
+class WandbRun:
+    """Records what a sink does to it."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def log(self, data: dict[str, float], step: int) -> None:
+        self.calls.append((step, data))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_wandb_begins_a_run_with_the_settings_and_finishes_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, begun = WandbRun(), []
+
+    def init(**settings: object) -> WandbRun:
+        begun.append(settings)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with WandbSink(project="p", mode="offline") as sink:
+        sink.write(3, {A: torch.tensor(0.5)})
+        sink.write(7, {A: 1.0, "b": 2.0})
+    sink.close()
+    assert begun == [{"project": "p", "mode": "offline"}]
+    assert run.calls == [(3, {A: 0.5}), (7, {A: 1.0, "b": 2.0}), "finish"]
+    assert type(run.calls[0][1][A]) is float
+
+
+def test_a_run_of_the_caller_stays_open_and_wandb_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = WandbRun()
+    with WandbSink(run) as sink:
+        sink.write(1, {"a": 1.0})
+    assert run.calls == [(1, {"a": 1.0})]
+    with pytest.raises(FastregError, match=r"WandbSink: settings must be absent with a run, got \['project'\]"):
+        WandbSink(run, project="p")
+    with pytest.raises(FastregError, match="wandb must be installed"):
+        WandbSink(project="p")
+
+
+def test_wandb_itself_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with WandbSink(project="p", mode="offline", dir=str(tmp_path)) as sink:
+        sink.write(3, {A: 0.8125})
+        sink.write(7, {A: 0.40625, "b": 2.0})
+        # A step is complete, and summarised, once a later one has begun.
+        sink.write(9, {A: 1.0})
+        summary = wandb.run.summary
+        assert (wandb.run.step, summary["_step"], summary[A], summary["b"]) == (9, 7, 0.40625, 2.0)
+    assert wandb.run is None
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_a_pipe_gets_plain_lines_of_every_nth_step() -> None:
     stream = io.StringIO()
     with TerminalSink(stream, every=5) as sink:
@@ -116,11 +184,20 @@ def test_a_pipe_gets_plain_lines_of_every_nth_step() -> None:
 
 def test_a_terminal_gets_one_line_no_longer_than_it_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
     with TerminalSink(stream) as sink:
         sink.write(1, {A: 1.0})
         sink.write(2, {"x" * 50: 1.0})
     assert stream.getvalue() == "\rstep 1  a 1\x1b[K\rstep 2  xxxxxxxxxxx\x1b[K\n"
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with TerminalSink(stream) as sink:
+        sink.write(1, {A: 1.0})
+    assert stream.getvalue() == "step 1  a 1\n"
 
 
 def test_the_terminal_is_stderr_and_every_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,91 +206,3 @@ def test_the_terminal_is_stderr_and_every_is_checked(capsys: pytest.CaptureFixtu
     for every in (0, 1.5, True):
         with pytest.raises(FastregError, match="every"):
             TerminalSink(every=every)
-
-
-@pytest.mark.parametrize("kind", [CSVSink, JSONLSink])
-def test_the_command_summarises_what_a_sink_wrote(
-    kind: type[Sink], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = str(tmp_path / "run.log")
-    for steps in ((0, 1, 2, 3), (2, 3, 4)):
-        with kind(path) as sink:
-            for step in steps:
-                sink.write(step, {A: float(step * len(steps)), "b": math.nan if step == 4 else 2.0})
-    # Steps 2 and 3 were written again by the resumed run: a is 0, 4, then 6, 9, 12.
-    assert main(["monitor", path]) == 0
-    header, a, b = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert header == ["metric", "rows", "last", "mean", "min", "max", "trend"]
-    assert a == [A, "5", "12", "6.2", "0", "12", "▁▃▅▆█"]
-    assert b == ["b", "5", "nan", "2", "2", "2", "▁▁▁▁"]
-    assert main(["monitor", path, "--metric", A, "--last", "2"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows == [header, [A, "2", "12", "10.5", "9", "12", "▁█"]]
-
-
-def test_statistics_are_over_finite_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.csv").write_text("step,a,b\n1,inf,nan\n2,1,nan\n3,-inf,nan\n4,4,nan\n")
-    assert main(["monitor", str(tmp_path / "run.csv")]) == 0
-    a, b = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
-    assert a == ["a", "4", "4", "2.5", "1", "4", "▁", "█"]
-    assert b == ["b", "4", "nan", "nan", "nan", "nan"]
-
-
-def test_a_sparkline_fits_and_keeps_the_shape() -> None:
-    assert sparkline([float(i) for i in range(8)]) == "▁▂▃▄▅▆▇█"
-    long = sparkline([float(i) for i in range(1001)])
-    assert len(long) == 40
-    assert list(long) == sorted(long) and set(long) == set("▁▂▃▄▅▆▇█")
-    assert sparkline([1.0, math.nan, math.inf, 2.0]) == "▁  █"
-    assert sparkline([math.nan]) == " "
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "at least one row"),
-        ("step,a\n", "at least one row"),
-        ("step,a\n1,2\n3\n", "line 3 of"),
-        ("step,a\n1,high\n", "line 2 of"),
-        ("name,a\n1,2\n", "line 2 of"),
-        ("step,a\ninf,2\n", "line 2 of"),
-        ('{"step": 1, "a": 2}\n{"step": 2, "a"', "line 2 of"),
-        ('{"a": 2}\n', "line 1 of"),
-        ('{"step": 1, "a": []}\n', "line 1 of"),
-        ('{"step": 1, "a": 2}\n[1]\n', "line 2 of"),
-    ],
-)
-def test_a_malformed_file_is_refused_by_line(
-    text: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "run").write_text(text)
-    assert main(["monitor", str(tmp_path / "run")]) == 1
-    assert complaint in capsys.readouterr().err
-
-
-def test_requests_that_cannot_be_served_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "run").write_text("step,a\n1,2\n")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for arguments, complaint in (
-        (["missing"], "missing"),
-        (["run", "--metric", "b"], "['a'], got ['b']"),
-        (["run", "--last", "0"], "--last must be at least 1, got 0"),
-        (["run", "--plot", "run.png"], "pip install 'fastreg[demo]'"),
-    ):
-        assert main(["monitor", str(tmp_path / arguments[0]), *arguments[1:]]) == 1
-        assert complaint in capsys.readouterr().err
-
-
-def test_the_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = pytest.importorskip("matplotlib.image")
-    path, plot = tmp_path / "run.csv", tmp_path / "plots" / "run.png"
-    path.write_text("step,a,b\n1,2,3\n2,nan,4\n")
-    assert main(["monitor", str(path), "--plot", str(plot)]) == 0
-    one = tmp_path / "one.png"
-    assert main(["monitor", str(path), "--plot", str(one), "--metric", "a"]) == 0
-    assert image.imread(plot).std() > 0
-    assert image.imread(plot).shape[0] > image.imread(one).shape[0]
-    assert main(["monitor", str(path), "--plot", str(tmp_path / "run.txt")]) == 1
-    assert "--plot must end in one of" in capsys.readouterr().err

@@ -25,14 +25,15 @@ def test_command_writes_table_plots_json_and_resumes(
     printed = capsys.readouterr()
     assert "large batch + GradNorm" in printed.out and str(folder) in printed.out
     assert "\r" not in printed.err
-    for name in ("accuracy.png", "gradient_norm.png", "seconds.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG"), name
+    for name in ("accuracy", "gradient_norm", "seconds"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+        assert (folder / f"{name}.svg").read_bytes().startswith(b"<?xml"), name
     first = json.loads(report.read_text())
     assert [run["method"] for run in first["runs"]] == [LARGE_BATCH, GRAD_NORM]
     assert first["environment"]["torch"] == torch.__version__
     assert first["environment"]["threads"] == first["settings"]["threads"] == 1
     # Resuming a finished experiment repeats nothing and reports the same.
-    resume = ["train", "--resume", str(folder / "checkpoint.pt"), "--json", str(report)]
+    resume = ["train", "--resume", str(folder / "checkpoint.pt"), "--json", str(report), "--no-plot"]
     assert main(resume) == 0
     assert json.loads(report.read_text()) == first
 
@@ -69,7 +70,7 @@ def test_command_writes_table_plots_json_and_resumes(
         (["--matched", "--lr", "large_batch=1"], "--lr must name small_batch alone"),
         (["--resume", "c.pt", "--matched"], "--matched must be absent with --resume"),
         (["--sweep", "--seeds", "2"], "--seeds must be absent with --sweep"),
-        (["--sweep", "--json", "r.json"], "--json must be absent with --sweep"),
+        (["--sweep", "--no-plot"], "--no-plot must be absent with --sweep"),
         (["--resume", "c.pt", "--sweep"], "--sweep must be absent with --resume"),
     ],
 )
@@ -80,6 +81,51 @@ def test_wrong_command_line_ends_with_status_2(
         main(["train", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_document_alone_is_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out"
+    assert main([*SHORT, "--output", str(folder), "--no-plot", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [run["method"] for run in json.loads(printed.out)["runs"]] == [LARGE_BATCH, GRAD_NORM]
+    assert "large batch + GradNorm" in printed.err
+    assert [path.name for path in folder.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_sweep_is_a_document_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "new" / "sweep.json"
+    assert main(["train", "--sweep", "--epochs", "2", "--methods", LARGE_BATCH, "--json", str(report)]) == 0
+    trials = json.loads(report.read_text())["trials"]
+    assert [trial["method"]["lr"] for trial in trials] == [0.1, 0.3, 1.0, 3.0]
+    best = max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
+    assert [trial for trial in trials if trial["best"]] == [best]
+    (starred,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith("*")]
+    assert f"{best['method']['lr']:g}" in starred.split()
+
+
+def test_without_matplotlib_training_does_not_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*SHORT, "--output", str(tmp_path / "out")]) == 1
+    assert "matplotlib must be installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Progress, run: str, epochs: int = 1) -> None:
+        if LARGE_BATCH.replace("_", " ") + " +" in run:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "advance", interrupt)
+    assert main([*SHORT, "--output", str(tmp_path)]) == 130
+    last = capsys.readouterr().err.splitlines()[-2:]
+    assert last == [f"to go on: fastreg train --resume {tmp_path / 'checkpoint.pt'}", "interrupted"]
+    monkeypatch.undo()
+    assert main([*last[0].partition("fastreg ")[2].split(), "--no-plot", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 2
 
 
 def test_unusable_files_end_with_status_1(
@@ -102,6 +148,9 @@ def test_progress_draws_a_bar_only_on_a_terminal(
 
     assert err() == "done\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    assert err() == "done\n"
+    monkeypatch.setenv("TERM", "xterm")
     drawn = err()
     assert "2/2" in drawn and "large batch, seed 0" in drawn and "done\n" in drawn
 

@@ -1,4 +1,4 @@
-"""PNG plots of an experiment."""
+"""Plots of an experiment, and how every figure is written."""
 
 from __future__ import annotations
 
@@ -14,8 +14,25 @@ from fastreg.recipes.settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+FORMATS = ("png", "svg")
 DPI = 150
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write the figure in every format; the files written.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from matplotlib.figure import Figure
+        >>> [path.name for path in save(Figure(), pathlib.Path(tempfile.mkdtemp()), "empty")]
+        ['empty.png', 'empty.svg']
+    """
+    paths = [folder / f"{name}.{extension}" for extension in FORMATS]
+    for path in paths:
+        figure.savefig(path, dpi=DPI)
+    return paths
 
 
 def _subtitle(settings: Settings) -> str:
@@ -81,7 +98,7 @@ def write_plots(folder: Path, settings: Settings, results: Results) -> list[Path
         results: of ``run_experiment``.
 
     Returns:
-        The files written: ``accuracy.png``, ``gradient_norm.png``, ``seconds.png``.
+        The files written: ``accuracy``, ``gradient_norm`` and ``seconds``, each as PNG and SVG.
 
     Raises:
         FastregError: matplotlib is not installed.
@@ -91,19 +108,19 @@ def write_plots(folder: Path, settings: Settings, results: Results) -> list[Path
     """
     summaries = [s for s in summarise(settings, results) if s.test.count]
     drawings = {
-        "accuracy.png": lambda axes: _accuracy(axes, summaries, results),
-        "gradient_norm.png": lambda axes: _norms(axes, settings, results),
-        "seconds.png": lambda axes: _seconds(axes, summaries),
+        "accuracy": lambda axes: _accuracy(axes, summaries, results),
+        "gradient_norm": lambda axes: _norms(axes, settings, results),
+        "seconds": lambda axes: _seconds(axes, summaries),
     }
     width = max(7.0, 1.4 * len(summaries))
-    return [_draw(folder / name, _subtitle(settings), draw, width) for name, draw in drawings.items()]
+    figures = {name: _draw(_subtitle(settings), draw, width) for name, draw in drawings.items()}
+    return [path for name, figure in figures.items() for path in save(figure, folder, name)]
 
 
-def _draw(path: Path, title: str, draw: Callable[[Axes], None], width: float) -> Path:
+def _draw(title: str, draw: Callable[[Axes], None], width: float) -> Figure:
     # Figure without pyplot: no display is looked for and no global state is left behind.
     figure = require("matplotlib.figure").Figure(figsize=(width, 4.5), layout="constrained")
     axes = figure.add_subplot()
     draw(axes)
     axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=DPI)
-    return path
+    return figure

@@ -4,6 +4,7 @@ import sys
 from types import TracebackType
 
 from fastreg.optional import require
+from fastreg.sinks.terminal import rewritable
 
 
 class Progress:
@@ -19,7 +20,7 @@ class Progress:
 
     def __init__(self, total: int) -> None:
         self._bar = None
-        if sys.stderr.isatty():
+        if rewritable(sys.stderr):
             self._bar = require("tqdm").tqdm(total=total, unit="epoch", dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from textwrap import wrap
+from typing import Any, get_args, get_origin, get_type_hints
 
+from fastreg.cli_output import EXIT_STATUS, add_json, aside, deliver, finite
 from fastreg.optional import require
 from fastreg.recipes.catalogue import Recipe, catalogue, recipe
+from fastreg.recipes.plots import save
 from fastreg.recipes.progress import Progress
 from fastreg.recipes.report import environment
 
-DPI = 150
-FORMATS = ("png", "svg")
 # In inches; a recipe may change it.
 SIZE = (9, 4)
 
 
-class _RecipeParser(argparse.ArgumentParser):
-    """Of one recipe: a misspelt option is refused here, where the known ones are at hand."""
-
-    def parse_known_args(self, *given: Any) -> tuple[argparse.Namespace, list[str]]:
-        found, unknown = super().parse_known_args(*given)
-        if unknown:
-            self._refuse(unknown)
-        return found, unknown
-
-    def _refuse(self, unknown: list[str]) -> NoReturn:
-        known = ", ".join(option for option in self._option_string_actions if option.startswith("--"))
-        self.error(f"arguments must be among {known}, got {' '.join(unknown)}")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--list`` and one sub-command per recipe, with an option per field of its configuration."""
-    parser.set_defaults(parser=parser)
-    parser.add_argument("--list", action="store_true", help="names, papers and claims of all recipes")
-    names = parser.add_subparsers(dest="recipe", metavar="NAME", parser_class=_RecipeParser)
+    """Declare one sub-command per recipe, with an option per field of its configuration; without one all are listed."""
+    add_json(parser)
+    names = parser.add_subparsers(dest="recipe", metavar="NAME")
     for entry in catalogue().values():
         about = f"{entry.claim} {entry.paper}".replace("%", "%%")
-        child = names.add_parser(entry.name, help=about, description=about, allow_abbrev=False)
+        command = f"  fastreg recipe {entry.name}"
+        examples = ("examples:", f"{command} --quick", f"{command} --output out", f"{command} --no-plot --json", "")
+        epilog = "\n".join((*examples, EXIT_STATUS))
+        child = names.add_parser(entry.name, help=about, description="\n".join(wrap(about, 100)), epilog=epilog)
         _add_common(child, entry)
         _add_fields(child, entry)
 
@@ -54,7 +42,8 @@ def _add_common(parser: argparse.ArgumentParser, entry: Recipe) -> None:
         size.add_argument("--preset", choices=list(dict(entry.presets)), help="a configuration by name")
     folder = Path("runs/recipe") / entry.name
     parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"folder (default: {folder})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the contents of DIR/result.json here")
+    # Where it is not given, that of ``fastreg recipe --json NAME`` counts.
+    add_json(parser, file=True, default=argparse.SUPPRESS)
     parser.add_argument("--no-plot", action="store_true", help="do not draw (needs no matplotlib)")
 
 
@@ -71,7 +60,7 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _kind(field: Field, annotation: Any) -> dict[str, Any]:
+def _kind(field: Field[Any], annotation: Any) -> dict[str, Any]:
     """Keywords of ``add_argument`` for a field of that type."""
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -84,7 +73,7 @@ def _kind(field: Field, annotation: Any) -> dict[str, Any]:
 
 def configuration(entry: Recipe, args: argparse.Namespace) -> Any:
     """The default, quick or preset configuration, with the fields that were given on the command line."""
-    named = {None: entry.quick if args.quick else entry.config(), **dict(entry.presets)}
+    named: dict[str | None, Any] = {None: entry.quick if args.quick else entry.config(), **dict(entry.presets)}
     given = {field.name: getattr(args, field.name) for field in fields(entry.config)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     return replace(named[args.preset], **given)
@@ -101,19 +90,28 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FastregError: the recipe refuses its configuration, or matplotlib is missing and plots are wanted.
     """
-    if args.list == (args.recipe is not None):
-        args.parser.error("one of NAME and --list must be given")
-    if args.list:
-        print(listing())
+    if args.recipe is None:
+        _show_list(args.json)
         return 0
     entry = recipe(args.recipe)
     if not args.no_plot:
         require("matplotlib")
-    contents = perform(entry, configuration(entry, args))
-    print(entry.table(contents["result"]))
-    for path in _write(entry, contents, args):
-        print(f"wrote {path}")
+    with aside(args.json):
+        contents = perform(entry, configuration(entry, args))
+        print(entry.table(contents["result"]))
+        deliver(contents, args.output / "result.json")
+        for path in [] if args.no_plot else _plot(entry, contents["result"], args.output):
+            print(f"wrote {path}")
+    deliver(contents, args.json)
     return 0
+
+
+def _show_list(as_json: bool) -> None:
+    if not as_json:
+        print(listing())
+    entries = catalogue().values()
+    names = [{"name": e.name, "paper": e.paper, "claim": e.claim, "presets": list(dict(e.presets))} for e in entries]
+    deliver({"recipes": names}, as_json)
 
 
 def perform(entry: Recipe, config: Any) -> dict[str, Any]:
@@ -145,15 +143,7 @@ def perform(entry: Recipe, config: Any) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
     }
     # What is shown is what the file holds, and JSON knows no nan.
-    return json.loads(json.dumps(contents), parse_constant=lambda name: None)
-
-
-def _write(entry: Recipe, contents: dict[str, Any], args: argparse.Namespace) -> list[Path]:
-    args.output.mkdir(parents=True, exist_ok=True)
-    written = [args.output / "result.json", *([args.json] if args.json else [])]
-    for path in written:
-        path.write_text(json.dumps(contents, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return written if args.no_plot else written + _plot(entry, contents["result"], args.output)
+    return finite(contents)
 
 
 def _plot(entry: Recipe, result: dict[str, Any], folder: Path) -> list[Path]:
@@ -161,7 +151,4 @@ def _plot(entry: Recipe, result: dict[str, Any], folder: Path) -> list[Path]:
     figure = require("matplotlib.figure").Figure(figsize=SIZE, layout="constrained")
     figure.suptitle(f"{entry.name} ({entry.paper})", fontsize=9)
     entry.draw(figure, result)
-    paths = [folder / f"{entry.name}.{extension}" for extension in FORMATS]
-    for path in paths:
-        figure.savefig(path, dpi=DPI)
-    return paths
+    return save(figure, folder, entry.name)

@@ -1,11 +1,10 @@
-"""What an experiment found: figures per method, a table, a verdict in words, JSON."""
+"""What an experiment found: figures per method, a table, a verdict in words, a document."""
 
-import json
 import math
 import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ import fastreg
 from fastreg.recipes.methods import LARGE_BATCH, PENALISED, SMALL_BATCH, TITLES, Method
 from fastreg.recipes.settings import Settings
 
-Results = list[dict[str, object]]
+Results = list[dict[str, Any]]
 
 # Half width of the 95 % confidence interval in standard errors, by degrees of freedom.
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -71,7 +70,7 @@ def _of(results: Results, name: str) -> Results:
     return [r for r in results if r["method"] == name and not r["diverged"]]
 
 
-def _seconds(result: dict[str, object]) -> float:
+def _seconds(result: dict[str, Any]) -> float:
     return median(entry["seconds"] for entry in result["history"])
 
 
@@ -223,7 +222,7 @@ def _words(change: Estimate, gap: Estimate, without: str) -> str:
     return f": better than {without}"
 
 
-def environment(device: str) -> dict[str, object]:
+def environment(device: str) -> dict[str, Any]:
     """Versions and hardware that timings depend on."""
     on_gpu = device.startswith("cuda")
     return {
@@ -235,9 +234,15 @@ def environment(device: str) -> dict[str, object]:
     }
 
 
-def write_json(path: Path, settings: Settings, results: Results) -> None:
-    """Settings, environment, summaries and every run's history; nan becomes null."""
-    contents = {
+def document(settings: Settings, results: Results) -> dict[str, Any]:
+    """Settings, environment, summaries and every run's history.
+
+    Example:
+        >>> from fastreg.recipes.settings import default_settings
+        >>> document(default_settings("digits"), [])["runs"]
+        []
+    """
+    return {
         "settings": settings.to_dict(),
         "environment": environment(settings.device),
         "summaries": [asdict(summary) for summary in summarise(settings, results)],
@@ -245,14 +250,3 @@ def write_json(path: Path, settings: Settings, results: Results) -> None:
         "titles": TITLES,
         "runs": results,
     }
-    path.write_text(json.dumps(_finite(contents), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -9,7 +9,7 @@ same learning rate (Smith et al. 2021); those of Novack et al. 2022 are 0.4 and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import mean
 
 from fastreg.recipes.data import Dataset
@@ -121,11 +121,29 @@ def sweep_table(trials: list[Trial]) -> str:
         True
     """
     lines = [f"{'method':30}{'lr':>8}{'weight':>12}{'ratio':>10}{'validation %':>14}{'loss':>9}"]
-    for trial in trials:
-        rivals = [other for other in trials if other.method.name == trial.method.name]
-        best = max(rivals, key=lambda other: other.rank)
-        lines.append(_line(trial) + (" *" if trial is best else ""))
+    best = _best(trials)
+    lines += [_line(trial) + (" *" if trial is best[trial.method.name] else "") for trial in trials]
     return "\n".join(lines)
+
+
+def sweep_document(settings: Settings, trials: list[Trial]) -> dict[str, object]:
+    """The settings that were varied, and every trial with what :func:`sweep_table` shows.
+
+    Example:
+        >>> from fastreg.recipes.settings import default_settings
+        >>> trial = Trial(Method("large_batch", 0.1), 0.5, 1.0)
+        >>> sweep_document(default_settings("digits"), [trial])["trials"][0]["best"]
+        True
+    """
+    best = _best(trials)
+    rows = [{**asdict(trial), "best": trial is best[trial.method.name]} for trial in trials]
+    return {"settings": settings.to_dict(), "seeds": list(SWEEP_SEEDS), "trials": rows}
+
+
+def _best(trials: list[Trial]) -> dict[str, Trial]:
+    """By method; the first among equals."""
+    names = {trial.method.name for trial in trials}
+    return {name: max((t for t in trials if t.method.name == name), key=lambda t: t.rank) for name in names}
 
 
 def _line(trial: Trial) -> str:

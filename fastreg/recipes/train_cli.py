@@ -1,6 +1,7 @@
 """The subcommand ``fastreg train``."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,9 @@ from typing import TypeVar
 
 import torch
 
+from fastreg.cli_output import add_json, aside, at_least_one, deliver
 from fastreg.errors import FastregError
+from fastreg.optional import require
 from fastreg.recipes.checkpoint import Checkpoint, load_checkpoint
 from fastreg.recipes.data import Dataset
 from fastreg.recipes.datasets import check_directory, load_dataset
@@ -18,9 +21,9 @@ from fastreg.recipes.methods import DEFAULT_METHODS, KINDS, SMALL_BATCH, Method,
 from fastreg.recipes.plots import write_plots
 from fastreg.recipes.presets import MODELS
 from fastreg.recipes.progress import Progress
-from fastreg.recipes.report import LEGEND, summarise, table, verdict, write_json
+from fastreg.recipes.report import LEGEND, document, summarise, table, verdict
 from fastreg.recipes.settings import DEFAULTS, Settings, default_settings, preset
-from fastreg.recipes.sweep import sweep, sweep_table
+from fastreg.recipes.sweep import sweep, sweep_document, sweep_table
 
 Result = TypeVar("Result")
 
@@ -28,14 +31,7 @@ SIZES = ("epochs", "batch_size", "micro_batch_size", "chunk_size", "threads")
 # Options that are not given are None or False.
 CHOSEN_BY_SWEEP = ("seeds", "lr", "weight", "matched")
 FIXED_BY_CHECKPOINT = ("data", "model", "methods", "sweep", *CHOSEN_BY_SWEEP, *SIZES)
-WRITTEN_BY_RUNS = ("output", "json")
-
-
-def _at_least_one(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return value
+WRITTEN_BY_RUNS = ("output", "no_plot")
 
 
 def _method_value(text: str) -> tuple[str, float]:
@@ -76,26 +72,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", choices=list(KINDS), metavar="METHOD",
         help=f"of {'; '.join(f'{name}: {kind.does}' for name, kind in KINDS.items())} "
         f"(default: {', '.join(DEFAULT_METHODS)})")  # fmt: skip
-    add("--seeds", type=_at_least_one, metavar="N", help="number of seeds, counted from 0")
+    add("--seeds", type=at_least_one, metavar="N", help="number of seeds, counted from 0")
     add("--lr", type=_method_value, action="append", metavar="METHOD=VALUE",
         help="learning rate of one method; repeatable")  # fmt: skip
     add("--weight", type=_method_value, action="append", metavar="METHOD=VALUE",
         help="penalty weight of one method; repeatable")  # fmt: skip
     add("--matched", action="store_true",
         help="all methods at the small-batch lr, penalties at weight lr / 4: nothing else tuned")  # fmt: skip
-    add("--epochs", type=_at_least_one, metavar="N", help="passes over the training split")
-    add("--batch-size", type=_at_least_one, metavar="B", help="samples of a large-batch step")
-    add("--micro-batch-size", type=_at_least_one, metavar="b",
+    add("--epochs", type=at_least_one, metavar="N", help="passes over the training split")
+    add("--batch-size", type=at_least_one, metavar="B", help="samples of a large-batch step")
+    add("--micro-batch-size", type=at_least_one, metavar="b",
         help="samples of a micro-batch and of a small-batch step")  # fmt: skip
-    add("--chunk-size", type=_at_least_one, metavar="N",
+    add("--chunk-size", type=at_least_one, metavar="N",
         help="most samples of one forward pass; larger batches accumulate")  # fmt: skip
-    add("--threads", type=_at_least_one, metavar="N",
+    add("--threads", type=at_least_one, metavar="N",
         help="of torch on the CPU (default: 1 for digits, otherwise torch's own)")  # fmt: skip
     add("--device", type=_device, help="cpu or cuda[:N] (default: cpu)")
     add("--output", type=Path, metavar="DIR", help="folder of plots and checkpoint "
         "(default: runs/train, or the folder of the checkpoint resumed)")  # fmt: skip
     add("--resume", type=Path, metavar="CHECKPOINT", help="continue from DIR/checkpoint.pt")
-    add("--json", type=Path, metavar="FILE", help="also write settings, figures and histories")
+    add_json(parser, file=True)
+    add("--no-plot", action="store_true", help="do not draw (needs no matplotlib)")
     add("--sweep", action="store_true",
         help="choose learning rates and weights on the validation split instead")  # fmt: skip
 
@@ -135,19 +132,11 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], option: str, reaso
 
 def _or_exit(args: argparse.Namespace, make: Callable[[], Result]) -> Result:
     """What ``make`` returns; its refusal is one of the command line, which ends with status 2."""
+    parser: argparse.ArgumentParser = args.parser
     try:
         return make()
     except FastregError as error:
-        args.parser.error(str(error))
-
-
-def _report(settings: Settings, results: list[dict[str, object]], folder: Path) -> None:
-    print(table(summarise(settings, results)))
-    print(LEGEND)
-    for line in verdict(settings, results):
-        print(line)
-    for path in write_plots(folder, settings, results):
-        print(f"wrote {path}")
+        parser.error(str(error))
 
 
 def _start(args: argparse.Namespace) -> tuple[Checkpoint, Path]:
@@ -160,7 +149,7 @@ def _start(args: argparse.Namespace) -> tuple[Checkpoint, Path]:
         return load_checkpoint(args.resume, args.device), args.output or args.resume.parent
     if args.sweep:
         names = (*CHOSEN_BY_SWEEP, *WRITTEN_BY_RUNS)
-        _or_exit(args, lambda: _refuse(args, names, "--sweep", "it has its own and only prints"))
+        _or_exit(args, lambda: _refuse(args, names, "--sweep", "it has its own and draws nothing"))
     return Checkpoint(_or_exit(args, lambda: _settings(args))), args.output or Path("runs/train")
 
 
@@ -174,6 +163,16 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _resumable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path.exists():
+            print(f"to go on: fastreg train --resume {path}", file=sys.stderr)
+        raise
+
+
 def run(args: argparse.Namespace) -> int:
     """Run ``fastreg train`` and return its exit status.
 
@@ -184,21 +183,27 @@ def run(args: argparse.Namespace) -> int:
     settings = checkpoint.settings
     _or_exit(args, lambda: check_directory(settings.data, args.data_dir))
     data = load_dataset(settings.data, args.data_dir).to(settings.device)
-    with _threads(settings.threads):
-        if args.sweep:
-            print(sweep_table(sweep(settings, data)))
-        else:
-            _compare(checkpoint, data, folder, args.json)
+    with aside(args.json), _threads(settings.threads):
+        found = _sweep(settings, data) if args.sweep else _compare(checkpoint, data, folder, not args.no_plot)
+    deliver(found, args.json)
     return 0
 
 
-def _compare(checkpoint: Checkpoint, data: Dataset, folder: Path, json: Path | None) -> None:
-    settings = checkpoint.settings
+def _sweep(settings: Settings, data: Dataset) -> dict[str, object]:
+    trials = sweep(settings, data)
+    print(sweep_table(trials))
+    return sweep_document(settings, trials)
+
+
+def _compare(checkpoint: Checkpoint, data: Dataset, folder: Path, draw: bool) -> dict[str, object]:
+    if draw:
+        require("matplotlib")
+    settings, path = checkpoint.settings, folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{settings.data}, {settings.model}: {len(schedule(settings))} runs; output in {folder}")
-    with Progress(len(schedule(settings)) * settings.epochs) as progress:
-        results = run_experiment(checkpoint, data, folder / "checkpoint.pt", progress)
-    _report(settings, results, folder)
-    if json is not None:
-        write_json(json, settings, results)
-        print(f"wrote {json}")
+    with _resumable(path), Progress(len(schedule(settings)) * settings.epochs) as progress:
+        results = run_experiment(checkpoint, data, path, progress)
+    print("\n".join([table(summarise(settings, results)), LEGEND, *verdict(settings, results)]))
+    for written in write_plots(folder, settings, results) if draw else []:
+        print(f"wrote {written}")
+    return document(settings, results)
