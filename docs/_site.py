@@ -1,10 +1,8 @@
-"""What the pages need beyond Sphinx: GitHub's mathematics, formulas of docstrings, measured figures."""
+"""What the pages need beyond Sphinx: GitHub's mathematics, formulas of docstrings."""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -13,43 +11,18 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.writers.html5 import HTML5Translator
 
-from fastreg.recipes.catalogue import catalogue
-
-Ratios = dict[str, dict[str, dict[str, str]]]
-
 # Pages that lie outside this folder, and the page here that includes each.
-ELSEWHERE = {"bench/NOTES.md": "benchmarks.md"}
+ELSEWHERE = {"bench/NOTES.md": "benchmarks.md", "README.md#": "how_it_works.md#"}
+# A directive in a comment, which GitHub does not show; a name of the reference, whose page GitHub can link to.
+HIDDEN = re.compile(r"^<!--\n(```\{.*?^```)\n-->$", re.S | re.M)
+NAME = re.compile(r"\[`(fastreg(?:\.\w+)+)`\]\((?:\.\./)?api/\w+\.md\)")
 SECTION = re.compile(r"[A-Z]\w+:$")
-
-
-def ratios(results: Path) -> Ratios:
-    """Medians of ``bench/results/cpu-*.json`` as ratios to a plain step, by suite, model and m, and method.
-
-    ``{{ ratio.regularizers.mlp_8.variance }}`` on a page is one of them; the suite without a name is ``steps``.
-    """
-    found: Ratios = {}
-    for path in sorted(results.glob("cpu-*.json")):
-        suite = (re.match(r"cpu-[\d-]+-([a-z]+)", path.stem) or ["", "steps"])[1]
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-            if row.get("ratio"):
-                by_model = found.setdefault(suite, {}).setdefault(f"{row['model']}_{row['m']}", {})
-                by_model[row["method"]] = _three_digits(row["ratio"]["p50"])
-    return found
-
-
-def recipes() -> dict[str, dict[str, str]]:
-    """What recipes say of themselves: ``{{ claim.lr_sweep }}``, ``{{ paper.lr_sweep }}``."""
-    by_name = {name.replace("-", "_"): recipe for name, recipe in catalogue().items()}
-    return {part: {name: getattr(one, part) for name, one in by_name.items()} for part in ("claim", "paper")}
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def read_page(app: Sphinx, name: str, source: list[str]) -> None:
     """Translate what GitHub understands and MyST does not."""
     text = re.sub(r"\$`(.+?)`\$", r"$\1$", source[0], flags=re.S)
+    text = NAME.sub(r"{py:obj}`\1`", HIDDEN.sub(r"\1", text))
     for path, page in ELSEWHERE.items():
         text = text.replace(f"](../../{path}", f"](../{page}").replace(f"](../{path}", f"]({page}")
     source[0] = text
@@ -65,7 +38,8 @@ def read_docstring(app: Sphinx, what: str, name: str, thing: object, options: ob
         elif indented and not before and not section and not literal and not _goes_on(kept):
             kept += [".. code-block:: text", ""]
             literal = True
-        kept.append(line)
+        # Napoleon would make an entry for each.
+        kept.append(line.replace("*args, **kwargs:", r"\*args/\*\*kwargs:"))
     # Of a property napoleon takes what stands before a colon in the first line for its type: give it an empty comment.
     lines[:] = ["..", "", *kept] if what == "property" else kept
 

@@ -9,6 +9,6 @@ shoot() {
         --screenshot="_static/screenshots/$3.png" "file://$PWD/_build/html/$1.html"
 }
 
-shoot index 1280,1000 index-1280
+shoot start 390,1400 start-390
 shoot penalties/grad_norm 1280,1400 grad_norm-1280
-shoot api/penalties 390,1400 penalties-390
+shoot guide/integrations 1280,1400 integrations-1280

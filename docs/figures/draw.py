@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from one_pass import one_pass  # noqa: E402
-from problem import batch, model, train, value  # noqa: E402
+from one_pass import one_pass
+from problem import batch, model, train, value
 
-import fastreg  # noqa: E402
-from fastreg.curvature import Hessian  # noqa: E402
-from fastreg.noise import NoiseCovariance, flat_drift_weight  # noqa: E402
+import fastreg
+from fastreg.curvature import Hessian
+from fastreg.noise import NoiseCovariance, flat_drift_weight
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -18,7 +18,7 @@ def stable_rank(
 ) -> Tensor:
     """The stable rank ``||A||_F^2 / ||A||_2^2`` of numerical linear algebra (Rudelson & Vershynin 2007).
 
-        ||A||_F^2 = E ||A z||^2,   ||A||_2 = max |theta|,   both from one run of ``probes`` Lanczos recurrences
+        ||A||_F^2 = E ||A z||^2,   ||A||_2 = max |theta|,   both from one run of probes Lanczos recurrences
 
     The largest Ritz value theta bounds ``||A||_2`` from below and converges fast where the spectrum has outliers; the
     Frobenius norm is unbiased. Hessians are often given the :func:`participation_ratio` under this name.

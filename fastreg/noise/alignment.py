@@ -17,7 +17,7 @@ from fastreg.noise.covariance import NoiseCovariance
 class CurvatureNoise(CurvatureOperator):
     r"""The covariance that minibatch gradients have where ``(1/N) sum_i g_i g_i' = weight * A``.
 
-        P = factor * [ weight * A - gbar gbar' ],      factor = 1/S with replacement, as in ``NoiseCovariance``
+        P = factor * [ weight * A - gbar gbar' ],      factor = 1/S with replacement, as in NoiseCovariance
 
     ``weight = 2 L``, A the Gauss-Newton matrix (Ziyin et al., Thm. 5, has the Hessian, near a minimum)
         for squared errors of one output. The identity behind it, ``g_i g_i' = 2 l_i G_i`` with the Gauss-Newton
@@ -101,7 +101,7 @@ def alignment(
     r"""Compare two operators on the same parameters, a :class:`NoiseCovariance` and its :class:`CurvatureNoise`, say.
 
         <A, B> = sum_j (A e_j) . (B e_j)      exact, from D products with each
-        <A, B> = E (A z) . (B z)              z of random signs: ``probes`` products with each
+        <A, B> = E (A z) . (B z)              z of random signs: probes products with each
 
     All are ratios of the same three sums. From probes they have a bias of order 1 / probes, and the standard errors
     told are those of the jackknife. NaN where the predicted operator, for the cosine either of them, is 0.

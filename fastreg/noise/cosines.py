@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.chain import norms_and_gradients
-from fastreg.curvature.linearization import LossFunction
+from fastreg.curvature.linearization import Batch, LossFunction
 from fastreg.errors import FastregError
 from fastreg.loss import check_loss
 from fastreg.stats import recorded
-
-Batch = tuple[object, Tensor]
 
 
 def gradient_cosines(model: nn.Module, loss_fn: LossFunction, batch: Batch, micro_batch_size: int) -> Tensor:
@@ -42,15 +40,18 @@ def gradient_cosines(model: nn.Module, loss_fn: LossFunction, batch: Batch, micr
     with recorded(model, micro_batch_size) as recorder:
         recorder.on_open = lambda session: session.project(1)
         loss = loss_fn(model(batch[0]), batch[1])
-        session = recorder.session
+        session = recorder.last
         check_loss(loss, session.micro_batches.samples)
         if loss.dim():
             raise FastregError(f"gradient_cosines: loss_fn must return a scalar mean, got shape {tuple(loss.shape)}")
         tracked = [p for p in recorder.parameters if p.requires_grad]
         mean = torch.autograd.grad(loss, tracked, retain_graph=True, allow_unused=True)
         pairs = [(id(p), g) for p, g in zip(tracked, mean, strict=True) if g is not None]
-        session.frame.vectors = {key: g.detach().to(session.probe.dtype).unsqueeze(0) for key, g in pairs}
+        assert session.frame is not None
+        vectors = {key: g.detach().to(session.probe.dtype).unsqueeze(0) for key, g in pairs}
+        session.frame.vectors = vectors
         found = norms_and_gradients(session, loss, ())
-        length = torch.stack([v.square().sum() for v in session.frame.vectors.values()]).sum().sqrt()
+        length = torch.stack([v.square().sum() for v in vectors.values()]).sum().sqrt()
         # Shares of micro-batches in the loss multiply products and norms alike.
+        assert found.projected is not None
         return (found.projected.squeeze(1) / (found.squared.sqrt() * length)).detach()

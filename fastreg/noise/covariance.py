@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreg.curvature.linearization import LossFunction
-from fastreg.curvature.matrices import Batch
+from fastreg.curvature.linearization import Batch, LossFunction
 from fastreg.curvature.traces import check_count
 from fastreg.errors import FastregError
 from fastreg.noise.samples import SecondMoment
@@ -111,7 +111,7 @@ class NoiseCovariance(SecondMoment):
 
         Through the gradients of single samples, batch by batch: ``b D`` numbers for the largest batch are held.
         """
-        total = sum(rows.square_().sum(0) for rows in self.deviations())
+        total = reduce(torch.add, (rows.square_().sum(0) for rows in self.deviations()))
         return total * (self.factor / self.mean().samples)
 
     def gram(self) -> Tensor:

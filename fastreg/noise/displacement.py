@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ def measured_vs_predicted(
     draws = drawn_orders("measured_vs_predicted", sampling, count, orders, seed)
     device = next(iter(named_parameters(model).values())).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        copied, batch = _converted(deepcopy(model), dtype), tuple(_converted(part, dtype) for part in batch)
+        copied, batch = _converted(deepcopy(model), dtype), (_converted(batch[0], dtype), _converted(batch[1], dtype))
         expansion = epoch_expansion(copied, loss_fn, batch, batch_size, sampling=sampling, steps=steps)
         epochs = Epochs(copied, loss_fn, batch, len(batch[1]) if sampling == "gd" else batch_size, steps)
         found = [_mean(epochs, draws, rate, orders is None) for rate in rates]
@@ -171,15 +172,19 @@ def measured_vs_predicted(
     return DisplacementReport(sampling, run, tensor, torch.stack(means), first, second, torch.stack(errors))
 
 
+Holder = TypeVar("Holder", nn.Module, Tensor)
+
+
 def _mean(epochs: Epochs, draws: Draws, lr: float, complete: bool) -> tuple[Tensor, Tensor]:
     """``[D]`` and its standard error, 0-d."""
-    found = torch.stack([sum(epochs.displacement(order, lr) for order in draw) / len(draw) for draw in draws])
+    sums = [reduce(torch.add, (epochs.displacement(order, lr) for order in draw)) for draw in draws]
+    found = torch.stack([total / len(draw) for total, draw in zip(sums, draws, strict=True)])
     mean, count = found.mean(0), len(draws)
     squares = (found - mean).square().sum()
     return mean, torch.zeros_like(squares) if complete else (squares / (count * (count - 1))).sqrt()
 
 
-def _converted(holder: nn.Module | Tensor, dtype: torch.dtype | None) -> nn.Module | Tensor:
+def _converted(holder: Holder, dtype: torch.dtype | None) -> Holder:
     kept = dtype is None or (isinstance(holder, Tensor) and not holder.is_floating_point())
     return holder if kept else holder.to(dtype)
 

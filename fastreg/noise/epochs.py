@@ -35,7 +35,7 @@ class Epochs:
     def __init__(self, model: nn.Module, loss_fn: LossFunction, batch: Batch, batch_size: int, steps: int) -> None:
         self._model, self._loss_fn, self._steps = model, loss_fn, steps
         self._batches = list(zip(*(part.split(batch_size) for part in batch), strict=True))
-        self._parameters = list(named_parameters(model).values())
+        self._parameters: list[Tensor] = list(named_parameters(model).values())
         self._start = [p.detach().clone() for p in self._parameters]
 
     def displacement(self, order: Sequence[int], lr: float) -> Tensor:
@@ -44,7 +44,8 @@ class Epochs:
             torch._foreach_copy_(self._parameters, self._start)
         for k in order:
             for _ in range(self._steps):
-                self._step(*self._batches[k], lr)
+                inputs, targets = self._batches[k]
+                self._step(inputs, targets, lr)
         with torch.no_grad():
             moved = torch._foreach_sub(self._parameters, self._start)
         return torch.cat([part.flatten() for part in moved])
