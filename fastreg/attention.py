@@ -23,6 +23,8 @@ Source: Vaswani et al. 2017, arXiv:1706.03762.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -46,7 +48,8 @@ class Attention(Function):
 
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, grid: tuple[int, ...], dropout: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None,
+        grid: tuple[int, ...], dropout: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         with torch.autocast(q.device.type, enabled=False):
             scores = product(q, k.mT, scale)
@@ -62,7 +65,7 @@ class Attention(Function):
             return product(dropped, v).to(q.dtype), dropped
 
     @staticmethod
-    def backward(ctx, d: Tensor | None, dw: Tensor | None):
+    def backward(ctx: Any, d: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, p, factors = ctx.saved_tensors
         if d is None:
             d = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -75,7 +78,7 @@ class AttentionBackward(Function):
 
     @staticmethod
     def forward(
-        ctx, d: Tensor, dw: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, factors: Tensor | None,
+        ctx: Any, d: Tensor, dw: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor, factors: Tensor | None,
         scale: float, needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -95,13 +98,14 @@ class AttentionBackward(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vq: Tensor | None, vk: Tensor | None, vv: Tensor | None):
+    def backward(ctx: Any, vq: Tensor | None, vk: Tensor | None, vv: Tensor | None) -> tuple[Tensor | None, ...]:
         d, q, k, v, p, factors, ds = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             grads = _double_backward(d, q, k, v, p, factors, ds, ctx.scale, vq, vk, vv)
         grad_d, grad_w, *rest = grads
         rest = [g if g is None else g.to(q.dtype) for g in rest]
-        return grad_d.to(d.dtype), grad_w if ctx.needs_input_grad[1] else None, *rest, None, None, None, None
+        grad_d = None if grad_d is None else grad_d.to(d.dtype)
+        return grad_d, grad_w if ctx.needs_input_grad[1] else None, *rest, None, None, None, None
 
 
 def _double_backward(
@@ -115,6 +119,7 @@ def _double_backward(
         z = _times_(product(d, vv.mT), factors).mul_(p)
     t = _score_tangent(q, k, vq, vk, scale)
     if t is not None:
+        assert ds is not None  # a tangent of the scores comes with a gradient by q or by k
         pt = p * t
         rho = pt.sum(-1, keepdim=True)
         t.sub_(rho)
@@ -126,19 +131,19 @@ def _double_backward(
     if z is not None:
         z.addcmul_(p, z.sum(-1, keepdim=True), value=-1)
         grad_q, grad_k = product(z, k, scale), product(z.mT, q, scale)
-    if vk is not None:
+    if vk is not None and ds is not None:
         grad_q = product(ds, vk, scale, onto=grad_q)
-    if vq is not None:
+    if vq is not None and ds is not None:
         grad_k = product(ds.mT, vq, scale, onto=grad_k)
     return grad_d, pt, grad_q, grad_k, grad_v
 
 
 def _score_tangent(q: Tensor, k: Tensor, vq: Tensor | None, vk: Tensor | None, scale: float) -> Tensor | None:
     """``scale (vq k^T + q vk^T)``, one product over twice the width when both terms are there."""
-    if vq is None and vk is None:
-        return None
-    if vq is None or vk is None:
-        return product(q, vk.mT, scale) if vq is None else product(vq, k.mT, scale)
+    if vq is None:
+        return None if vk is None else product(q, vk.mT, scale)
+    if vk is None:
+        return product(vq, k.mT, scale)
     return product(torch.cat((vq, q), -1), torch.cat((k, vk), -1).mT, scale)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fastreg.attach import check_model
 from fastreg.errors import FastregError
 from fastreg.graph_walk import refuse_offenders
-from fastreg.loss import Reduction, check_loss, first_tensor
+from fastreg.loss import Reduction, check_loss
 from fastreg.penalties.base import Step
 from fastreg.recording import Recorder
 from fastreg.self_check import self_check
@@ -67,8 +68,8 @@ class Report:
 
 def check(
     model: nn.Module,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    batch: tuple,
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    batch: tuple[Any, Tensor],
     *,
     micro_batch_size: int | None = None,
 ) -> Report:
@@ -102,12 +103,12 @@ def check(
         with torch.enable_grad():
             outputs = model(batch[0])
             loss = loss_fn(outputs, batch[1])
-            session = recorder.session
+            session = recorder.last
             check_loss(loss, session.micro_batches.samples)
             if loss.dim():
                 raise FastregError(f"check: loss_fn must return a scalar mean, got shape {tuple(loss.shape)}")
             refuse_offenders(loss, session, recorder.tracked_names())
-            if not self_check(Step(session, loss, first_tensor(outputs), Reduction()), recorder):
+            if not self_check(Step(session, loss, None, Reduction()), recorder):
                 raise FastregError("check: gradients must be finite, got inf in float16 (scale down in loss_fn)")
     finally:
         recorder.remove()

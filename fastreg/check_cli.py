@@ -67,7 +67,7 @@ class Backends(TorchDispatchMode):
     """Notes which backends ran each op of fastreg inside: ``found`` is op -> backends, in order of first use."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch left it untyped
         self.found: dict[str, list[str]] = {}
 
     def __torch_dispatch__(

@@ -12,6 +12,8 @@ are stored: the caller holds the logits anyway.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
@@ -85,7 +87,7 @@ class CrossEntropy(Function):
     """``z -> loss, labels``, the labels drawn if none are given."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, labels: Tensor | None, seed: int, draw: int | Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, labels: Tensor | None, seed: int, draw: int | Tensor) -> tuple[Tensor, Tensor]:
         loss, lse, drawn = kernels.cross_entropy(z, labels, seed, draw)
         labels = drawn if labels is None else labels
         ctx.mark_non_differentiable(drawn)
@@ -93,7 +95,7 @@ class CrossEntropy(Function):
         return loss, drawn
 
     @staticmethod
-    def backward(ctx, scale: Tensor, _of_labels: Tensor):
+    def backward(ctx: Any, scale: Tensor, _of_labels: Tensor) -> tuple[Tensor | None, ...]:
         return CrossEntropyBackward.apply(*ctx.saved_tensors, scale), None, None, None
 
 
@@ -101,12 +103,13 @@ class CrossEntropyBackward(Function):
     """``z, scale -> scale (softmax(z) - onehot(labels))``, differentiable once more by hand."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, lse: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, lse: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(z, lse, labels, scale)
         return kernels.cross_entropy_backward(z, lse, labels, scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor):
-        grad_z, grad_scale = kernels.cross_entropy_double_backward(*ctx.saved_tensors, v)
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        z, lse, labels, scale = ctx.saved_tensors
+        grad_z, grad_scale = kernels.cross_entropy_double_backward(z, lse, labels, scale, v)
         return grad_z, None, None, grad_scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
@@ -17,13 +18,13 @@ class Delivered(Function):
     """A loss whose gradients are known: its backward hands them out."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, factor: Tensor):
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise FastregError("reg: backward must run once on a loss of method='perturb', got a second time")

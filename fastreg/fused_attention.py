@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fastreg.kernels import Pattern, attention_backward, attention_double_backward, attention_forward
 
@@ -30,7 +32,7 @@ class FusedAttention(Function):
     """``attention_forward``, differentiable twice; its log-sum-exp carries no gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *pattern: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast(q.device.type, enabled=False):
             out, lse = attention_forward(q, k, v, *pattern)
         ctx.set_materialize_grads(False)
@@ -39,7 +41,7 @@ class FusedAttention(Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: FunctionCtx, d: Tensor | None, _of_lse: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor | None, _of_lse: None) -> tuple[Tensor | None, ...]:
         if d is None:
             return (None,) * (3 + len(Pattern._fields))
         (q, k, v, lse), pattern = _kept(ctx)
@@ -51,7 +53,7 @@ class FusedAttentionBackward(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, d: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *pattern: object
+        ctx: Any, d: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *pattern: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         _keep(ctx, pattern, d, q, k, v, lse)
         with torch.autocast(q.device.type, enabled=False):
@@ -59,19 +61,19 @@ class FusedAttentionBackward(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, vq: Tensor, vk: Tensor, vv: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, vq: Tensor, vk: Tensor, vv: Tensor) -> tuple[Tensor | None, ...]:
         (d, q, k, v, lse), pattern = _kept(ctx)
         with torch.autocast(q.device.type, enabled=False):
             grads = attention_double_backward(q, k, v, lse, d, vq, vk, vv, *pattern)
         return *grads, None, *(None,) * len(pattern)
 
 
-def _keep(ctx: FunctionCtx, pattern: tuple[object, ...], *tensors: Tensor) -> None:
+def _keep(ctx: Any, pattern: tuple[Any, ...], *tensors: Tensor) -> None:
     mask, spans, seed, *numbers = pattern
     ctx.numbers = numbers
     ctx.save_for_backward(*tensors, mask, spans, seed)
 
 
-def _kept(ctx: FunctionCtx) -> tuple[tuple[Tensor, ...], Pattern]:
+def _kept(ctx: Any) -> tuple[tuple[Tensor, ...], Pattern]:
     *tensors, mask, spans, seed = ctx.saved_tensors
     return tuple(tensors), Pattern(mask, spans, seed, *ctx.numbers)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
+from torch.autograd.function import BackwardCFunction, Function
 
 from fastreg.errors import FastregError
 from fastreg.rules.routing import Routed
@@ -35,7 +36,7 @@ _ROUTED = (Routed, Spread)
 _trusted: set[type] = set()
 
 
-def trust(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+def trust(function: type[Function]) -> type[Function]:
     """Declare that a custom function's backward is right although it does not involve its inputs (a linear map).
 
     Example:
@@ -72,7 +73,7 @@ def _refuse_offenders(roots: Sequence[Tensor], session: Session, names: dict[int
         for prefix, (what, remedy) in OFFENDERS.items():
             if name.startswith(prefix) or name.startswith(f"GeneratedBackwardFor_aten_{prefix}"):
                 raise FastregError(f"reg: the loss must be twice differentiable, got {name}: {what} ({remedy})")
-        if isinstance(node, BackwardCFunction):
+        if _custom(node):
             _check_function(node, session)
 
 
@@ -82,14 +83,20 @@ def kinks(loss: Tensor) -> list[str]:
     return sorted(name.removesuffix("Backward0") for name in names if name.startswith(KINKS))
 
 
+def ends(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Those from which no other is computed, each once."""
+    used = {edge for node in _nodes(t.grad_fn for t in outputs) for edge in node.next_functions}
+    return [t for t in {id(t): t for t in outputs}.values() if (t.grad_fn, t.output_nr) not in used]
+
+
 def leaves_of(roots: Sequence[Tensor]) -> list[Tensor]:
     """The leaves of their graph."""
     return [node.variable for node in _nodes(root.grad_fn for root in roots) if hasattr(node, "variable")]
 
 
-def _refuse_unrecorded_uses(nodes: list, names: dict[int, str]) -> None:
+def _refuse_unrecorded_uses(nodes: list[Any], names: dict[int, str]) -> None:
     """A tracked parameter may be met by recorded operations, and by what leads to their weight and bias, alone."""
-    recorded = {node for node in nodes if isinstance(node, BackwardCFunction) and _ours(node._forward_cls)}
+    recorded = {node for node in nodes if _custom(node) and _ours(node._forward_cls)}
     # The edges of a routed operation are those of x, of its weight and bias if it has them, and of what stands beside.
     sides = [edge for node in recorded if node._forward_cls in _ROUTED for edge, _ in node.next_functions[1:]]
     # Those of a part that is run again: the arguments that derive from a parameter alone.
@@ -108,11 +115,15 @@ def _refuse_unrecorded_uses(nodes: list, names: dict[int, str]) -> None:
                 )
 
 
+def _custom(node: Any) -> bool:
+    return isinstance(node, BackwardCFunction)
+
+
 def _ours(function: type) -> bool:
     return function.__module__.partition(".")[0] == "fastreg"
 
 
-def _check_function(node: BackwardCFunction, session: Session) -> None:
+def _check_function(node: Any, session: Session) -> None:
     function = node._forward_cls
     if function in _ROUTED:
         if node.use.session is not session:
@@ -136,13 +147,13 @@ def _check_function(node: BackwardCFunction, session: Session) -> None:
         )
 
 
-def _once_differentiable(function: type) -> bool:
+def _once_differentiable(function: type[Function]) -> bool:
     """The decorator replaces backward by a wrapper compiled in torch.autograd.function."""
     code = getattr(function.backward, "__code__", None)
     return code is not None and code.co_filename == torch.autograd.function.once_differentiable.__code__.co_filename
 
 
-def _depends_on_inputs(node: BackwardCFunction) -> bool:
+def _depends_on_inputs(node: Any) -> bool:
     """Whether the graph of the node's backward leads back to where its inputs came from."""
     cotangents = [
         torch.randn(tuple(meta.shape), dtype=meta.dtype, device=meta.device).requires_grad_()
@@ -156,7 +167,7 @@ def _depends_on_inputs(node: BackwardCFunction) -> bool:
     return any(found in producers for found in _nodes(starts))
 
 
-def _nodes(starts: Iterable[object]) -> Iterator[object]:
+def _nodes(starts: Iterable[Any]) -> Iterator[Any]:
     stack = [node for node in starts if node is not None]
     seen = set(stack)
     while stack:

@@ -48,7 +48,8 @@ def hosted(make: Callable[[], Made]) -> Made:
 def collected() -> Iterator[Numbers]:
     """Collects what is asked for inside, while a step is traced."""
     global _tracing
-    _tracing = made = []
+    made: Numbers = []
+    _tracing = made
     try:
         yield made
     finally:

@@ -44,7 +44,7 @@ def run(ops: list[str], as_json: bool) -> int:
 def cuda_kernels() -> list[Usage]:
     """The kernels in ``fastreg._cuda`` as it was built; none without it."""
     spec = importlib.util.find_spec("fastreg._cuda")
-    return [] if spec is None else usage(Path(spec.origin))
+    return [] if spec is None or spec.origin is None else usage(Path(spec.origin))
 
 
 def _table(compiled: list[Compiled], cuda: list[Usage]) -> Iterator[str]:
@@ -55,6 +55,6 @@ def _table(compiled: list[Compiled], cuda: list[Usage]) -> Iterator[str]:
             f"{row.op:<28}{row.kernel:<34}{row.dtype:<10}{row.capability:>4}{row.warps:>6}{row.registers:>10}"
             f"{row.local:>7}{row.shared:>8}  {products}"
         ).rstrip()
-    for row in cuda:
-        launch = f"{row.capability:>4}{row.registers:>16}{row.local:>7}{row.shared:>8}"
-        yield f"{'fastreg._cuda':<28}{row.kernel:<44}{launch}"
+    for used in cuda:
+        launch = f"{used.capability:>4}{used.registers:>16}{used.local:>7}{used.shared:>8}"
+        yield f"{'fastreg._cuda':<28}{used.kernel:<44}{launch}"

@@ -178,6 +178,7 @@ class Selection:
 
     @property
     def _adjacent(self) -> bool:
+        assert self.chosen is not None
         return self.chosen[-1] - self.chosen[0] == len(self.chosen) - 1
 
     def _row_index(self, total: int, device: torch.device) -> Tensor:

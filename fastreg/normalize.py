@@ -7,6 +7,8 @@ backward of a norm layer is a long composite.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -64,7 +66,7 @@ class NormalizeRows(Function):
     """``x -> xhat, tether``; the gradient of the tether is a gradient of ``x``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, width: int, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, width: int, eps: float, center: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         xhat, rstd = normalize(x.reshape(-1, width), eps, center)
         xhat, tether = xhat.view(x.shape), tether_to(x)
@@ -73,7 +75,7 @@ class NormalizeRows(Function):
         return xhat, tether
 
     @staticmethod
-    def backward(ctx, g: Tensor | None, from_tether: Tensor | None):
+    def backward(ctx: Any, g: Tensor | None, from_tether: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return from_tether, None, None, None
         xhat, rstd, tether = ctx.saved_tensors
@@ -85,7 +87,7 @@ class NormalizeRowsBackward(Function):
     """``g -> J g``, differentiable in ``g`` and, through the tether, in ``x``."""
 
     @staticmethod
-    def forward(ctx, g: Tensor, xhat: Tensor, rstd: Tensor, tether: Tensor, width: int, center: bool) -> Tensor:
+    def forward(ctx: Any, g: Tensor, xhat: Tensor, rstd: Tensor, tether: Tensor, width: int, center: bool) -> Tensor:
         rows, hats = g.reshape(-1, width), xhat.detach().view(-1, width)
         ctx.center = center
         ctx.save_for_backward(rows, hats, rstd)
@@ -93,7 +95,7 @@ class NormalizeRowsBackward(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor):
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         rows, hats, rstd = ctx.saved_tensors
         grad_g, grad_x = normalize_double_backward(hats, rstd, rows, v.reshape(rows.shape), ctx.center)
         return grad_g.view(v.shape), None, None, grad_x.view(v.shape), None, None
@@ -132,7 +134,7 @@ class NormalizeMicroBatches(Function):
     """``x -> xhat, tether, mean, var``; the gradient of the tether is a gradient of ``x``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cut: MicroBatches, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, cut: MicroBatches, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         rows = x.reshape(x.shape[0], x.shape[1], -1)
         mean, var = _statistics(rows, cut)
@@ -144,7 +146,9 @@ class NormalizeMicroBatches(Function):
         return xhat, tether, mean, var
 
     @staticmethod
-    def backward(ctx, g: Tensor | None, from_tether: Tensor | None, _mean: None, _var: None):
+    def backward(
+        ctx: Any, g: Tensor | None, from_tether: Tensor | None, _mean: None, _var: None
+    ) -> tuple[Tensor | None, ...]:
         if g is None:
             return from_tether, None, None
         dx = NormalizeMicroBatchesBackward.apply(g, *ctx.saved_tensors, ctx.cut)
@@ -155,7 +159,7 @@ class NormalizeMicroBatchesBackward(Function):
     """``g -> J g``, differentiable in ``g`` and, through the tether, in ``x``."""
 
     @staticmethod
-    def forward(ctx, g: Tensor, xhat: Tensor, rstd: Tensor, tether: Tensor, cut: MicroBatches) -> Tensor:
+    def forward(ctx: Any, g: Tensor, xhat: Tensor, rstd: Tensor, tether: Tensor, cut: MicroBatches) -> Tensor:
         shape = (*xhat.shape[:2], -1)
         rows, hats = g.reshape(shape), xhat.detach().view(shape)
         along, mean = _means(hats, rows, cut)
@@ -165,7 +169,7 @@ class NormalizeMicroBatchesBackward(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor):
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, hats, rstd, alpha, mean_g = ctx.saved_tensors
         cut, shape, v = ctx.cut, v.shape, v.reshape(g.shape)
         beta, mean_v = _means(hats, v, cut)

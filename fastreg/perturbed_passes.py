@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,6 +102,6 @@ class PerturbedPasses:
         finally:
             self._running, self.recorder.session = False, None
 
-    def _without_reduction(self) -> AbstractContextManager:
+    def _without_reduction(self) -> AbstractContextManager[Any]:
         """Ranks perturb along their own gradients, so the first pass has nothing to exchange."""
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()

@@ -30,6 +30,7 @@ from fastreg.loss import Reduction, check_loss, first_tensor
 from fastreg.penalties.base import Penalty
 from fastreg.perturbed_passes import PerturbedPasses
 from fastreg.ranks import sq_norms
+from fastreg.recording import Recorder
 from fastreg.session import Phase, Session
 from fastreg.sharding import own_parameters
 
@@ -69,7 +70,7 @@ class PerturbedPenalty:
         self.sq_norms: Tensor | None = None
 
     @property
-    def recorder(self) -> object:
+    def recorder(self) -> Recorder:
         """What is attached to the model."""
         return self._passes.recorder
 
@@ -77,7 +78,8 @@ class PerturbedPenalty:
         """The loss, whose backward hands out the gradients found here; weights are those of the penalties."""
         trainable = [p for p in own_parameters(self.model) if p.requires_grad]
         with torch.enable_grad(), self._passes.same_random_numbers() as rewind:
-            loss, gradients = None, [None] * len(trainable)
+            gradients: Gradients = [None] * len(trainable)
+            loss: Tensor | None = None
             self.values = []
             for number, (penalty, weight) in enumerate(zip(self.penalties, weights, strict=True)):
                 term = _Term(self, penalty, reduction, trainable, weight * reduction.scale)
@@ -121,7 +123,7 @@ class _Term:
         self.weight = weight
         self.signs = {"forward": (1,), "central": (1, -1), "lookahead": (1,)}[owner.difference]
         self.subtracted = owner.difference == "forward"
-        self.sharded = owner._passes.recorder.shards is not None
+        self.shards = owner._passes.recorder.shards
 
     def first(self, run: Callable[[], Tensor], known: Tensor | None) -> tuple[Tensor, Gradients]:
         """The loss, and what the pass at the weights themselves adds to the gradient."""
@@ -129,7 +131,7 @@ class _Term:
         pending = known is None and self.owner.difference != "lookahead"
         shared = pending and self.penalty.squares_loss
         # What each rank multiplies by its own number before the mean over ranks has to wait for that.
-        waits = self.subtracted and self.sharded
+        waits = self.subtracted and self.shards is not None
         options = {"with_gradients": (shared or self.subtracted) and not waits, "used_up": len(self.signs) == 1}
         with self.owner._passes.first(Phase.PLAIN, **options) as self.sessions:
             loss = run()
@@ -151,18 +153,22 @@ class _Term:
         (session,) = self.sessions
         with session.during(Phase.DIRECTIONS):
             (squared,), found = self._differentiated(target, [session.probe], keep)
+        assert squared is not None
         self._choose_steps(session, squared, described)
         return found
 
     def again(self, run: Callable[[], Tensor], sign: int) -> Gradients:
         """What the pass at the weights displaced by ``sign`` steps adds."""
         (session,) = self.sessions
+        assert session.directions is not None
         session.directions.factors = sign * self.steps
         with self.owner._passes.again(self.sessions):
             loss = run()
             target, _ = self._target(loss, session, again=True)
             factor = self.share * sign / len(self.signs)
-            return self._gradients(target * factor) if self.sharded else times(self._gradients(target), factor)
+            if self.shards is not None:
+                return self._gradients(target * factor)
+            return times(self._gradients(target), factor)
 
     def _choose_steps(self, session: Session, squared: Tensor, described: Reduction) -> None:
         """Factors ``[m]`` of the rows' gradients ``r_k g_k``, and what the difference is multiplied by."""
@@ -213,8 +219,8 @@ class _Term:
 
     def _differentiated(self, total: Tensor, leaves: Sequence[Tensor], keep: bool) -> tuple[Gradients, Gradients]:
         """``grad total`` by leaves and by what is trained, where sharded its mean over ranks."""
-        if self.sharded:
-            return self.owner._passes.recorder.shards.gradients(total, leaves, self.trainable, keep)
+        if self.shards is not None:
+            return self.shards.gradients(total, leaves, self.trainable, keep)
         found = torch.autograd.grad(total, [*leaves, *self.trainable], retain_graph=keep, allow_unused=True)
         return list(found[: len(leaves)]), list(found[len(leaves) :])
 

@@ -66,6 +66,7 @@ class PerturbedStep:
         squared = session.probe.grad
         if squared is None:
             raise FastregError("step: the closure must run a backward for each forward of the model, got none for one")
+        assert session.directions is not None
         session.directions.factors = self.factors(squared)
 
 

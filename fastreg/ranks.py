@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ def is_first(model: nn.Module) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this rank holds, without a graph; the tensor itself if no rank holds another."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    own = tensor.detach()
+    return own.to_local() if hasattr(own, "to_local") else own
 
 
 def sq_norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -42,10 +44,10 @@ def sq_norms(tensors: Sequence[Tensor]) -> Tensor:
     Args:
         tensors: at least one; of any dtypes.
     """
-    alike: dict[tuple, list[int]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number, t in enumerate(tensors):
         alike[t.dtype, getattr(t, "device_mesh", None), getattr(t, "placements", ())].append(number)
-    found = {}
+    found: dict[int, Tensor] = {}
     for (_, mesh, placements), members in alike.items():
         squared = multi_sqnorm([local(tensors[i]) for i in members])
         for axis, placement in enumerate(placements):

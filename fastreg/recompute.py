@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +21,11 @@ from fastreg.repeatable import Call, Form
 from fastreg.rerun import Rerun
 from fastreg.sharding import fully_sharded
 
+Given = ParamSpec("Given")
+Out = TypeVar("Out")
 
-def checkpoint(function: Callable, *args: object, **kwargs: object) -> object:
+
+def checkpoint(function: Callable[Given, Out], *args: Given.args, **kwargs: Given.kwargs) -> Out:
     """``function(*args, **kwargs)``, which keeps its tensor arguments alone until a backward runs it again.
 
     Exact in every backward pass and in its double backward. A block keeps its arguments ``x`` and, between the d-chain
@@ -54,19 +58,22 @@ def checkpoint(function: Callable, *args: object, **kwargs: object) -> object:
         >>> bool((fastreg.checkpoint(block, x) == block(x)).all())
         True
     """
-    while isinstance(function, partial):
-        args, kwargs, function = (*function.args, *args), {**function.keywords, **kwargs}, function.func
-    module, recorder = _module_of(function), recorder_at_work()
+    given: tuple[Any, ...] = args
+    named: dict[str, Any] = kwargs
+    run: Any = function
+    while isinstance(run, partial):
+        given, named, run = (*run.args, *given), {**run.keywords, **named}, run.func
+    module, recorder = _module_of(run), recorder_at_work()
     in_leaves = recorder is not None and recorder.tape.session.leaves is not None
     if in_leaves or traced() or not torch.is_grad_enabled():
-        return function(*args, **kwargs)
+        return run(*given, **named)
     if fully_sharded(module) and any(type(p) is not nn.Parameter for p in module.parameters()):
         raise FastregError(
             f"checkpoint: parameters of the function's module must be whole, got shards in {type(module).__name__}, "
             "which fully_shard has cut (fastreg.checkpoint_blocks([module]): it then acts inside of what gathers them)"
         )
-    form, tensors = Form.of((args, kwargs), "arguments")
-    call = Call(module, function, form, tensors, recorder)
+    form, tensors = Form.of((given, named), "arguments")
+    call = Call(module, run, form, tensors, recorder)
     outputs = Rerun.apply(call, *tensors, *call.parameters, None if recorder is None else recorder.tape.root)
     return call.outputs.filled(outputs)
 
@@ -100,7 +107,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward)
 
 
-def _module_of(function: Callable) -> nn.Module:
+def _module_of(function: Callable[..., Any]) -> nn.Module:
     module = getattr(function, "__self__", function)
     if not isinstance(module, nn.Module):
         raise FastregError(

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ from fastreg.rules.use import Lineage
 from fastreg.rules.views import VIEWS
 from fastreg.session import Phase, Session, Traced
 from fastreg.sharding import Shards, fully_sharded
+
+# What a torch function or a module is called with.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Operation = Callable[..., Any]
 
 
 class Recorder(TorchFunctionMode):
@@ -76,7 +82,7 @@ class Recorder(TorchFunctionMode):
         self.shards = Shards(model, self._cut, self.parameters, self.names) if self._cut else None
         self._paused = False
         self._hooked = list(model.modules())
-        self._stance: AbstractContextManager | None = None
+        self._stance: AbstractContextManager[Any] | None = None
         self._compiled = any(compiled(module) for module in model.modules())
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inner: list[torch.utils.hooks.RemovableHandle] = []
@@ -111,7 +117,7 @@ class Recorder(TorchFunctionMode):
         """Names of the parameters whose gradients the norms are made of, by identity."""
         return {id(p): self.names.get(id(p), "?") for p in self.parameters if p.requires_grad}
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook: start or continue recording."""
         self._paused = False
         if not self._entered:
@@ -129,12 +135,20 @@ class Recorder(TorchFunctionMode):
             self.__enter__()
         elif self.shards is not None:
             whole = self.shards.follow(module)
+            assert self._tape is not None
             self._tape.lineages.update((id(p), (p, Lineage(p))) for p in whole if p.requires_grad)
         self._entered.append(module)
 
     @property
+    def last(self) -> Session:
+        """The session, where a forward is known to have been recorded."""
+        assert self.session is not None
+        return self.session
+
+    @property
     def tape(self) -> Tape:
         """What is recorded into."""
+        assert self._tape is not None
         return self._tape
 
     @contextmanager
@@ -153,6 +167,7 @@ class Recorder(TorchFunctionMode):
         """Hook before and after those of ``fully_shard``, which follow it."""
         self._paused = True
         if not self._entered and module is self.model and torch._C._current_graph_task_id() == -1:
+            assert self.shards is not None  # pause is hooked to what it has cut
             self.shards.refresh()
 
     def _attach_inside(self, recorded: bool) -> None:
@@ -165,7 +180,7 @@ class Recorder(TorchFunctionMode):
                 handle.remove()
             self._inner.clear()
 
-    def leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> None:
         """Forward hook, also run when the forward raises: stop recording at the outermost module."""
         self._paused = False
         if not self._entered or self._entered[-1] is not module:
@@ -178,12 +193,14 @@ class Recorder(TorchFunctionMode):
                 self._stance = None
         if module is self.model and torch._C._current_graph_task_id() == -1:
             if self.shards is not None:
+                assert self.session is not None and self._tape is not None
                 self.shards.check(self.session, self._tape)
             self.outputs = output if self.keeps_outputs else None
             if self.on_outputs is not None:
+                assert self.session is not None
                 self.on_outputs(self.session, output)
 
-    def _open(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _open(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if torch._C._current_graph_task_id() != -1 and self._tape is not None:
             return
         load_late()
@@ -196,34 +213,41 @@ class Recorder(TorchFunctionMode):
         known = self.session
         if known is not None and known.open and known.micro_batches.samples == samples:
             if module is self.model:
+                assert self._tape is not None
                 self._tape.forget_derived()
             return
         tracked = [p for p in self.parameters if p.requires_grad]
         if not tracked:
             raise FastregError("recording: the model must have a parameter that requires grad, got none")
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in tracked) else torch.float32
-        self.session = Session(samples, self.size, dtype, tracked[0].device, self.phase)
-        self.session.trace = self.trace
+        self.session = session = Session(samples, self.size, dtype, tracked[0].device, self.phase)
+        session.trace = self.trace
         if self.on_open is not None:
-            self.on_open(self.session)
+            self.on_open(session)
         if known is not None and known.open:
-            self.session.earlier = [*(ref for ref in known.earlier if ref() is not None), weakref.ref(known)]
-        self._tape = Tape(self.session, tracked)
+            session.earlier = [*(ref for ref in known.earlier if ref() is not None), weakref.ref(known)]
+        self._tape = Tape(session, tracked)
 
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(
+        self, func: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if self._paused or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         route = ROUTES.get(func)
-        first_order = self._tape.session.first_order
+        tape = self._tape
+        assert tape is not None
+        first_order = tape.session.first_order
         if route is not None and route.serves(self._tracked(args, kwargs) is not None, first_order):
             try:
-                return route.rule(self._tape, *args, **kwargs)
+                return route.rule(tape, *args, **kwargs)
             except UnsupportedOperation as refusal:
                 raise self._unsupported(func, args, kwargs, str(refusal)) from None
         return self._unrouted(func, args, kwargs)
 
-    def _tracked(self, args: tuple, kwargs: dict) -> Tensor | None:
+    def _tracked(self, args: Args, kwargs: Kwargs) -> Tensor | None:
+        # Not by the property, which torch.compile does not find on a mode.
+        assert self._tape is not None
         lineages = self._tape.lineages
         for argument in (*args, *kwargs.values()):
             if id(argument) in lineages:
@@ -239,27 +263,30 @@ class Recorder(TorchFunctionMode):
                 )
         return None
 
-    def _unrouted(self, func: Callable, args: tuple, kwargs: dict) -> object:
+    def _unrouted(self, func: Operation, args: Args, kwargs: Kwargs) -> object:
         source = self._tracked(args, kwargs)
         out = func(*args, **kwargs)
         if source is None:
             return out
         outputs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if _carries_gradient(t)]
-        outputs = [t for t in outputs if id(t) not in self._tape.lineages]
+        tape = self._tape
+        assert tape is not None
+        outputs = [t for t in outputs if id(t) not in tape.lineages]
         if not outputs:
             return out
         isometric = VIEWS.get(func)
         if isometric is None or not args or args[0] is not source:
             raise self._unsupported(func, args, kwargs, "no rule is registered for this function")
-        lineage = self._tape.lineage(source)
+        lineage = tape.lineage(source)
+        assert lineage is not None
         for i, tensor in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
             step = _step(func, args[1:], kwargs, i if isinstance(out, (tuple, list)) else None)
-            self._tape.derive(tensor, lineage, step, isometric(*args, **kwargs))
+            tape.derive(tensor, lineage, step, isometric(*args, **kwargs))
         return out
 
-    def _unsupported(self, func: Callable, args: tuple, kwargs: dict, reason: str) -> UnsupportedOperation:
+    def _unsupported(self, func: Operation, args: Args, kwargs: Kwargs, reason: str) -> UnsupportedOperation:
         source = self._tracked(args, kwargs)
-        lineage = self._tape.lineage(source)
+        lineage = None if self._tape is None else self._tape.lineage(source)
         name = self.names.get(lineage.key, "?") if lineage is not None else "(none)"
         return UnsupportedOperation(
             f"recording: parameter {name!r} must reach an operation with a rule, got "
@@ -278,7 +305,7 @@ class Hook:
         if self.recorder is not None:
             getattr(self.recorder, self.action)(*args)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return Hook, ()
 
 
@@ -299,7 +326,7 @@ def attached(model: nn.Module) -> list[Recorder]:
     return list(dict.fromkeys(recorders))
 
 
-def _step(func: Callable, rest: tuple, kwargs: dict, index: int | None) -> Callable[[Tensor], Tensor]:
+def _step(func: Operation, rest: Args, kwargs: Kwargs, index: int | None) -> Callable[[Tensor], Tensor]:
     if index is None:
         return lambda p: func(p, *rest, **kwargs)
     return lambda p: func(p, *rest, **kwargs)[index]
@@ -309,7 +336,7 @@ def _carries_gradient(value: object) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def batch_size(args: tuple, kwargs: dict) -> int:
+def batch_size(args: Args, kwargs: Kwargs) -> int:
     """B, from the first tensor among the arguments of a module."""
     for tensor in tensors_in((*args, *kwargs.values())):
         if tensor.dim():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +149,7 @@ class Regularizer:
             FastregError: the loss does not fit the recorded forward, or the first step's checks fail.
         """
         if self._perturbed is not None:
-            return self._by_perturbation(loss, Reduction(reduction, scale, counts))
+            return self._by_perturbation(self._perturbed, loss, Reduction(reduction, scale, counts))
         if not isinstance(loss, Tensor) and callable(loss):
             loss = loss()
         if not self._active() or not torch.is_grad_enabled():
@@ -166,7 +168,9 @@ class Regularizer:
         penalty = self._penalty(step, coefficients) * scale
         return loss + (penalty - penalty.detach()).to(loss.dtype)
 
-    def _by_perturbation(self, run: Callable[[], Tensor], reduction: Reduction) -> Tensor:
+    def _by_perturbation(
+        self, passes: PerturbedPenalty, run: Tensor | Callable[[], Tensor], reduction: Reduction
+    ) -> Tensor:
         if isinstance(run, Tensor) or not callable(run):
             raise FastregError(
                 "reg: method='perturb' must be given a callable, which it calls at several weights, got "
@@ -177,8 +181,8 @@ class Regularizer:
         due, coefficients = self._due(), self._advance()
         if not due:
             return run()
-        loss = self._perturbed(run, reduction, [own.weight * self.every for own in coefficients])
-        self._note(self._perturbed.values, self._perturbed.sq_norms, coefficients)
+        loss = passes(run, reduction, [float(own.weight) * self.every for own in coefficients])
+        self._note(passes.values, passes.sq_norms, coefficients)
         return loss
 
     def remove(self) -> None:
@@ -186,7 +190,7 @@ class Regularizer:
         self._recorder.remove()
         self.enabled = False
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for a bit-identical continuation: counters and random generators."""
         return {
             "calls": self._calls,
@@ -194,7 +198,7 @@ class Regularizer:
             "penalties": [penalty.state_dict() for penalty in self.penalties],
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         if len(state["penalties"]) != len(self.penalties):
             raise FastregError(
@@ -260,7 +264,8 @@ class Regularizer:
         known = step.sq_norms.detach() if "sq_norms" in step.__dict__ else None
         self._note([value.detach() for value in values], known, coefficients)
         # Times every: which keeps the mean over steps.
-        return sum(own.weight * self.every * value for own, value in zip(coefficients, values, strict=True))
+        weighted = (own.weight * self.every * value for own, value in zip(coefficients, values, strict=True))
+        return reduce(torch.add, weighted)
 
     def _due(self) -> bool:
         """Whether the next call applies the penalties."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Form(NamedTuple):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return Form(spec, tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)), tensors
 
-    def filled(self, tensors: Sequence[Tensor]) -> object:
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
         """The values with these tensors."""
         remaining = iter(tensors)
         return tree_unflatten([next(remaining) if leaf is Tensor else leaf for leaf in self.leaves], self.spec)
@@ -99,10 +99,16 @@ class Call:
     """
 
     def __init__(
-        self, module: nn.Module, function: Callable, form: Form, tensors: list[Tensor], recorder: Recorder | None
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        form: Form,
+        tensors: list[Tensor],
+        recorder: Recorder | None,
     ) -> None:
         self.parameters, self.count = [p for p in module.parameters() if p.requires_grad], len(tensors)
-        self.session, self.outputs = None, form
+        self.session: Session | None = None
+        self.outputs = form
         self._module, self._function, self._form, self._recorder = module, function, form, recorder
         self._surroundings = Surroundings([*tensors, *self.parameters])
         if recorder is not None:
@@ -126,7 +132,7 @@ class Call:
             arguments = [t.view_as(t) if t.requires_grad else t for t in leaves]
             args, kwargs = self._form.filled(arguments)
             tape = None if session is None else self._part(arguments, session)
-            with nullcontext() if tape is None else self._recorder.into(tape):
+            with nullcontext() if tape is None or self._recorder is None else self._recorder.into(tape):
                 result = self._function(*args, **kwargs)
         self.outputs, outputs = Form.of(result, "results")
         if tape is not None and any(tape.lineage(out) is not None for out in outputs):

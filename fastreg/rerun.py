@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,9 @@ class Asked(NamedTuple):
         """Squared norms, gradients, and the rows of parameters that the call does not make up alone."""
         leaves = [*ran.leaves, *self.call.parameters]
         by = [leaf for leaf, wanted in zip(leaves, self.wanted, strict=True) if wanted]
-        by = [session.probe, *by] if self.norms else by
+        if self.norms:
+            assert session is not None
+            by = [session.probe, *by]
         found = iter(_gradients(self.call.parameters, ran.outputs, d, by, differentiable))
         squared = next(found) if self.norms else None
         gradients = [next(found) if wanted else None for wanted in self.wanted]
@@ -54,7 +56,7 @@ class Asked(NamedTuple):
 
     def leave(self, rows: Sequence[Tensor]) -> None:
         """Leave with the session of the forward what its root needs, as this pass has it."""
-        if self.session is not None:
+        if self.session is not None and self.call.session is not None:
             for deposit, x, d in zip(self.session.shared, rows[::2], rows[1::2], strict=True):
                 self.call.session.shared.append(replace(deposit, x=x, d=d))
             # They lead to the graph of this run.
@@ -65,7 +67,7 @@ class Rerun(Function):
     """The outputs of a block, which is run again in the backward."""
 
     @staticmethod
-    def forward(ctx, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.call, ctx.derived = call, call.derived
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[:-1])
@@ -77,7 +79,7 @@ class Rerun(Function):
         return outputs
 
     @staticmethod
-    def backward(ctx, *d: Tensor | None):
+    def backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         asked, tensors = _asked(ctx), ctx.saved_tensors
         squared, *found = RerunBackward.apply(asked, len(d), *d, *tensors)
         asked.leave(found[len(tensors) :])
@@ -88,19 +90,19 @@ class RerunBackward(Function):
     """The backward of :class:`Rerun`; its own runs block and backward once more."""
 
     @staticmethod
-    def forward(ctx, asked: Asked, outputs: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, asked: Asked, outputs: int, *tensors: Any) -> tuple[Tensor | None, ...]:
         ctx.asked, ctx.outputs = asked, outputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ran = asked.call.again(tensors[outputs:], asked.session)
         found = asked.take(tensors[:outputs], ran, asked.session, differentiable=False)
-        if asked.session is not None and asked.session.consumed:
+        if asked.session is not None and asked.session.consumed and asked.call.session is not None:
             asked.call.session.consumed = True
         return tuple(None if one is None else one.detach() for one in found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *v: Tensor | None):
+    def backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
         asked, saved, call = ctx.asked, ctx.saved_tensors, ctx.asked.call
         d = [None if one is None else one.detach().requires_grad_() for one in saved[: ctx.outputs]]
         session = None if asked.session is None else asked.session.part()
@@ -132,7 +134,7 @@ def _refuse(_: None) -> Tensor:
     )
 
 
-def _asked(ctx) -> Asked:
+def _asked(ctx: Any) -> Asked:
     """What the pass that runs now takes from a call, as the session's phase says."""
     call, wanted, session = ctx.call, ctx.needs_input_grad[1:-1], ctx.call.session
     if session is None:

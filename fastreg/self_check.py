@@ -8,13 +8,15 @@ not along dimension 0, or when a parameter acts in a way that the recording did 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from fastreg.chain import squared_norms
 from fastreg.errors import FastregError
+from fastreg.graph_walk import ends
 from fastreg.kernels._checks import accumulator
 from fastreg.loss import tensors_in
 from fastreg.penalties.base import Step
@@ -35,11 +37,11 @@ def self_check(step: Step, recorder: Recorder) -> bool:
         FastregError: the recorded norms, or the penalty's gradient, differ from plain autograd's.
     """
     outputs = _outputs(step, recorder)
-    if outputs is None:
+    if not outputs:
         warnings.warn("fastreg: the self-check needs the model's outputs: call reg(loss, outputs)", stacklevel=3)
         return True
-    dtypes = {outputs.dtype, step.loss.dtype, *step.session.dtypes}
-    with torch.autocast(outputs.device.type, enabled=False):
+    dtypes = {*(t.dtype for t in outputs), step.loss.dtype, *step.session.dtypes}
+    with torch.autocast(outputs[0].device.type, enabled=False):
         scale = _scale(step)
         if torch.float16 in dtypes and not torch.isfinite(scale):
             return False
@@ -47,14 +49,14 @@ def self_check(step: Step, recorder: Recorder) -> bool:
     return True
 
 
-def _outputs(step: Step, recorder: Recorder) -> Tensor | None:
-    """The tensor at which one micro-batch is cut out: what was passed, or else the model's own output."""
+def _outputs(step: Step, recorder: Recorder) -> list[Tensor]:
+    """Tensors at which one micro-batch may be cut out: what was passed, and the model's own outputs."""
     found, recorder.outputs = [step.outputs, *tensors_in(recorder.outputs)], None
-    found = [t for t in found if t is not None and t.is_floating_point() and t.requires_grad and t.dim()]
-    whole = [t for t in found if t.shape[0] % step.session.micro_batches.samples == 0]
-    if found and not whole:
-        step.session.micro_batches.rows_per_sample(found[0], "the model's output")
-    return whole[0] if whole else None
+    known = [t for t in found if t is not None and t.is_floating_point() and t.requires_grad and t.dim()]
+    whole = [t for t in known if t.shape[0] % step.session.micro_batches.samples == 0]
+    if known and not whole:
+        step.session.micro_batches.rows_per_sample(known[0], "the model's output")
+    return whole
 
 
 def _scale(step: Step) -> Tensor:
@@ -66,22 +68,22 @@ def _scale(step: Step) -> Tensor:
     return torch.where(squared == 0, 1, squared.sqrt() / squared)
 
 
-def _compare(step: Step, outputs: Tensor, recorder: Recorder, tolerance: float, scale: Tensor) -> None:
+def _compare(step: Step, outputs: list[Tensor], recorder: Recorder, tolerance: float, scale: Tensor) -> None:
     session, total = step.session, step.loss.sum() * scale
     cut = session.micro_batches
-    offsets = cut.offsets(outputs.shape[0])
     k = cut.full // 2 if cut.full > 1 else 0
-    rows = slice(offsets[k], offsets[k + 1])
-    cotangent = _masked_cotangent(total, outputs, rows, tolerance)
+    outputs = _met(total, outputs)
+    masks = [_mask(t, slice(*cut.offsets(t.shape[0])[k : k + 2])) for t in outputs]
+    cotangents = _masked_cotangents(total, outputs, masks, tolerance)
     tracked = [p for p in recorder.parameters if p.requires_grad]
-    plain = torch.autograd.grad(outputs, tracked, cotangent, create_graph=True, allow_unused=True)
+    plain = torch.autograd.grad(outputs, tracked, cotangents, create_graph=True, allow_unused=True)
     plain_sq = {id(p): g.to(accumulator(g.dtype)).square().sum() for p, g in zip(tracked, plain) if g is not None}
     session.per_parameter = {}
     recorded = squared_norms(session, total, differentiable=True)[k]
     found = {key: squared[k] for key, squared in session.per_parameter.items()}
     session.per_parameter = None
     _compare_norms(plain_sq, found, recorder.names, k, tolerance)
-    _compare_gradients(sum(plain_sq.values()), recorded, tracked, tolerance)
+    _compare_gradients(reduce(torch.add, plain_sq.values()), recorded, tracked, tolerance)
 
 
 def _tolerance(dtypes: Iterable[torch.dtype]) -> float:
@@ -89,22 +91,32 @@ def _tolerance(dtypes: Iterable[torch.dtype]) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point) ** 0.5
 
 
-def _masked_cotangent(total: Tensor, outputs: Tensor, rows: slice, tolerance: float) -> Tensor:
-    """The loss's gradient at the outputs of one micro-batch, zero elsewhere; a loss that couples samples is refused."""
-    (d,) = torch.autograd.grad(total, outputs, create_graph=True, allow_unused=True)
-    if d is None:
+def _met(total: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """The outputs that the loss depends on, without those from which others of them are computed."""
+    found = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
+    known = ends([t for t, d in zip(outputs, found, strict=True) if d is not None])
+    if not known:
         raise FastregError("reg: loss must depend on the model's last outputs, got one that does not")
-    mask = torch.zeros(outputs.shape[0], *(1,) * (outputs.dim() - 1), dtype=d.dtype, device=d.device)
+    return known
+
+
+def _mask(output: Tensor, rows: slice) -> Tensor:
+    mask = torch.zeros(output.shape[0], *(1,) * (output.dim() - 1), dtype=output.dtype, device=output.device)
     mask[rows] = 1
-    own = d * mask
-    if own.requires_grad:
-        (coupling,) = torch.autograd.grad(
-            (own * torch.linspace(1, 2, own.numel(), device=d.device).view_as(own)).sum(),
-            outputs,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        if coupling is not None and (coupling * (1 - mask)).abs().max() > tolerance * coupling.abs().max():
+    return mask
+
+
+def _masked_cotangents(
+    total: Tensor, outputs: list[Tensor], masks: list[Tensor], tolerance: float
+) -> list[Tensor]:
+    """The loss's gradient at the outputs of one micro-batch, zero elsewhere; a loss that couples samples is refused."""
+    found = torch.autograd.grad(total, outputs, create_graph=True)
+    own = [d * mask for d, mask in zip(found, masks, strict=True)]
+    if any(d.requires_grad for d in own):
+        weighted = [(d * torch.linspace(1, 2, d.numel(), device=d.device).view_as(d)).sum() for d in own]
+        coupled = torch.autograd.grad(reduce(torch.add, weighted), outputs, retain_graph=True, allow_unused=True)
+        pairs = [(c.abs(), mask) for c, mask in zip(coupled, masks, strict=True) if c is not None]
+        if any((c * (1 - mask)).max() > tolerance * max(other.max() for other, _ in pairs) for c, mask in pairs):
             raise FastregError(
                 "reg: the loss must be a sum of per-sample terms, got one that couples samples of different "
                 "micro-batches (contrastive losses and batch statistics in the loss have no micro-batch gradients)"
@@ -131,7 +143,7 @@ def _compare_norms(
         )
 
 
-def _compare_gradients(plain: Tensor, recorded: Tensor, tracked: list[Tensor], tolerance: float) -> None:
+def _compare_gradients(plain: Tensor, recorded: Tensor, tracked: Sequence[Tensor], tolerance: float) -> None:
     """The two squared norms agree; so must their gradients, each taken through its own double backward."""
 
     def gradient(squared: Tensor) -> Tensor:

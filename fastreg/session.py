@@ -17,6 +17,7 @@ from torch import Tensor
 from fastreg.micro_batches import MicroBatches, Selection
 
 if TYPE_CHECKING:
+    from fastreg.rules.joining import Deposit
     from fastreg.rules.perturbation import Perturbation
     from fastreg.rules.spread import Leaves
 
@@ -104,7 +105,7 @@ class Session:
         self.selected: tuple[int, ...] | None = None
         self._restricted = False
         self._selection = Selection(self.micro_batches, None)
-        self.shared: list = []
+        self.shared: list[Deposit] = []
         self.consumed = False
         self.first_order = False
         self.directions: Perturbation | None = None
@@ -124,6 +125,7 @@ class Session:
     def forms_gradients(self) -> bool:
         """Whether backward passes form gradients of parameters now."""
         if self.phase is Phase.DIRECTIONS:
+            assert self.directions is not None
             return self.directions.with_gradients
         return self.phase in (Phase.PLAIN, Phase.STATISTICS, Phase.SYMBOLIC)
 
@@ -171,10 +173,10 @@ class Session:
             self.phase = before
             self.shared.clear()
 
-    def count_use(self, *parameters: int | None) -> None:
+    def count_use(self, *parameters: int) -> None:
         """Note a use of each parameter. A forward re-run inside a backward (checkpointing) is not a new use."""
         if torch._C._current_graph_task_id() == -1:
-            self.uses.update(key for key in parameters if key is not None)
+            self.uses.update(parameters)
 
     def add_norms(self, parameter: int, squared: Tensor) -> None:
         """Collect the squared norms of one parameter when they were asked for."""

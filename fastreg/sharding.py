@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     from fastreg.rules.tape import Tape
+
+# A module with what ``fully_shard`` gave it: an FSDPModule and an nn.Module, which Python has no type for.
+Cut = Any
 
 
 class Shards:
@@ -30,12 +33,13 @@ class Shards:
     """
 
     def __init__(
-        self, model: nn.Module, cut: list[nn.Module], parameters: list[nn.Parameter], names: dict[int, str]
+        self, model: nn.Module, cut: list[Cut], parameters: list[nn.Parameter], names: dict[int, str]
     ) -> None:
         self.cut, self.parameters, self.names = cut, parameters, names
         self._exchanging = set(cut)
         numbers = {id(p): number for number, p in enumerate(parameters)}
-        self._inner = {numbers.get(id(p)) for module in cut if module is not model for p in module.parameters()}
+        inner = (id(p) for module in cut if module is not model for p in module.parameters())
+        self._inner = {numbers[key] for key in inner if key in numbers}
         self._places = {
             module: [(name, numbers[id(p)]) for name, p in module._parameters.items() if id(p) in numbers]
             for module in model.modules()
@@ -111,7 +115,7 @@ class Shards:
         # These are put together when the whole backward has run, and their module has given its parameters up.
         sliced = {lineage.key for _, lineage in tape.lineages.values() if lineage.lift is not None}
         adaptive = session.directions is not None and session.directions.adaptive
-        for number in self._inner - {None}:
+        for number in self._inner:
             key = id(self.parameters[number])
             if key in sliced or (adaptive and session.uses[key] > 1):
                 raise FastregError(
@@ -121,7 +125,7 @@ class Shards:
                 )
 
 
-def groups(cut: Iterable[nn.Module]) -> list[FSDPParamGroup]:
+def groups(cut: Iterable[Cut]) -> list[FSDPParamGroup]:
     """What ``fully_shard`` keeps of the parameters of each module; it has no public reader."""
     found = (module._get_fsdp_state()._fsdp_param_group for module in cut)
     return [group for group in found if group is not None]
@@ -148,7 +152,7 @@ def own_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(model.parameters())
 
 
-def fully_sharded(model: nn.Module) -> list[nn.Module]:
+def fully_sharded(model: nn.Module) -> list[Cut]:
     """Its modules that ``fully_shard`` (FSDP2) was called for."""
     # Where this is not loaded there are none, and to load it takes longer than to load fastreg.
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -161,13 +165,14 @@ def check_cut(model: nn.Module) -> None:
     ours = {id(p) for module in cut for p in module.parameters()}
     meshes = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
     for name, p in model.named_parameters():
-        parts = sum(not placement.is_replicate() for placement in getattr(p, "placements", ()))
-        if parts > 1 or (hasattr(p, "placements") and id(p) not in ours):
+        placements = getattr(p, "placements", None)
+        parts = sum(not placement.is_replicate() for placement in placements or ())
+        if parts > 1 or (placements is not None and id(p) not in ours):
             raise FastregError(
-                f"attach: parameters must be cut by fully_shard alone, got {name!r} placed as {p.placements} (ranks "
+                f"attach: parameters must be cut by fully_shard alone, got {name!r} placed as {placements} (ranks "
                 "must have whole samples and whole layers: use fully_shard in place of tensor parallelism)"
             )
-        if len(meshes) > 1 or (cut and p.requires_grad and not hasattr(p, "placements")):
+        if len(meshes) > 1 or (cut and p.requires_grad and placements is None):
             raise FastregError(
                 f"attach: fully_shard must cut all parameters, on one mesh, got {name!r} and {len(meshes)} meshes "
                 "(call it for the model too, with the mesh of its modules, and freeze what it ignores)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,31 @@ from fastreg.penalties.fisher_trace import sample_labels
 from fastreg.recording import Recorder
 from fastreg.session import Phase
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Any, Tensor], Tensor]
+# Inputs, as the model is called with, and targets.
+Batch = tuple[Any, Tensor]
 FISHER_KINDS = ("sampled", "empirical", "exact")
 
 
+@overload
 def micro_batch_grad_norms(
-    model: nn.Module, loss_fn: LossFunction, batch: tuple, micro_batch_size: int, *, per_parameter: bool = False
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Batch,
+    micro_batch_size: int,
+    *,
+    per_parameter: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def micro_batch_grad_norms(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, micro_batch_size: int, *, per_parameter: Literal[True]
+) -> dict[str, Tensor]: ...
+
+
+def micro_batch_grad_norms(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, micro_batch_size: int, *, per_parameter: bool = False
 ) -> Tensor | dict[str, Tensor]:
     """Squared norms ``||g_k||^2`` of micro-batch gradients, without forming any gradient.
 
@@ -58,23 +78,35 @@ def micro_batch_grad_norms(
         )
     with recorded(model, micro_batch_size) as recorder:
         loss = loss_fn(model(batch[0]), batch[1])
-        session = recorder.session
+        session = recorder.last
         check_loss(loss, session.micro_batches.samples)
         if loss.dim():
             raise FastregError(f"stats: loss_fn must return a scalar mean, got shape {tuple(loss.shape)}")
-        if per_parameter:
-            session.per_parameter = {}
+        found: dict[int, Tensor] = {}
+        session.per_parameter = found if per_parameter else None
         squared = squared_norms(session, loss, differentiable=False)
         factors = Reduction().factors(session.micro_batches, squared)
         if not per_parameter:
             return squared * factors
         zero = torch.zeros_like(squared)
         tracked = [p for p in recorder.parameters if p.requires_grad]
-        return {recorder.names[id(p)]: session.per_parameter.get(id(p), zero) * factors for p in tracked}
+        return {recorder.names[id(p)]: found.get(id(p), zero) * factors for p in tracked}
+
+
+@overload
+def per_sample_grad_norms(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, per_parameter: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def per_sample_grad_norms(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, per_parameter: Literal[True]
+) -> dict[str, Tensor]: ...
 
 
 def per_sample_grad_norms(
-    model: nn.Module, loss_fn: LossFunction, batch: tuple, *, per_parameter: bool = False
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, *, per_parameter: bool = False
 ) -> Tensor | dict[str, Tensor]:
     """Squared norms ``[B]`` of per-sample gradients: :func:`micro_batch_grad_norms` with micro-batches of one.
 
@@ -85,13 +117,15 @@ def per_sample_grad_norms(
         >>> fastreg.per_sample_grad_norms(model, torch.nn.functional.cross_entropy, batch).shape
         torch.Size([8])
     """
-    return micro_batch_grad_norms(model, loss_fn, batch, 1, per_parameter=per_parameter)
+    if per_parameter:
+        return micro_batch_grad_norms(model, loss_fn, batch, 1, per_parameter=True)
+    return micro_batch_grad_norms(model, loss_fn, batch, 1)
 
 
 def fisher_trace(
     model: nn.Module,
     loss_fn: LossFunction | None,
-    batch: tuple,
+    batch: Batch,
     *,
     kind: str = "sampled",
     generator: torch.Generator | None = None,
@@ -126,6 +160,8 @@ def fisher_trace(
     if kind not in FISHER_KINDS:
         raise FastregError(f"fisher_trace: kind must be one of {FISHER_KINDS}, got {kind!r}")
     if kind == "empirical":
+        if loss_fn is None:
+            raise FastregError("fisher_trace: loss_fn must be given for kind='empirical', got None")
         return per_sample_grad_norms(model, loss_fn, batch).mean()
     with recorded(model, 1) as recorder:
         logits = first_tensor(model(batch[0]))
@@ -135,9 +171,9 @@ def fisher_trace(
         if kind == "sampled":
             labels = sample_labels(logits.detach(), generator)
             total = F.cross_entropy(logits, labels, reduction="sum")
-            return squared_norms(recorder.session, total, differentiable=False).mean()
+            return squared_norms(recorder.last, total, differentiable=False).mean()
         log_p = logits.log_softmax(-1)
-        of_class = [squared_norms(recorder.session, -column.sum(), differentiable=False) for column in log_p.unbind(1)]
+        of_class = [squared_norms(recorder.last, -column.sum(), differentiable=False) for column in log_p.unbind(1)]
         return (log_p.detach().exp() * torch.stack(of_class, 1)).sum(1).mean()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,18 @@ from fastreg.recording import attached
 from fastreg.regularizer import Regularizer
 from fastreg.sharding import fully_sharded
 
-Compiler = Callable[[GraphModule, list[Tensor]], Callable]
+Compiler = Callable[[GraphModule, list[Tensor]], Callable[..., Any]]
+Out = TypeVar("Out")
 
 
 def compile(
-    function: Callable,
+    function: Callable[..., Out],
     model: nn.Module,
     *,
     optimizer: Optimizer | None = None,
-    options: dict[str, object] | None = None,
+    options: dict[str, Any] | None = None,
     compiler: Compiler | None = None,
-) -> Compiled:
+) -> Compiled[Out]:
     """The same function, compiled: one graph from the forward to the last derivative.
 
     A function may be a whole training step: with ``loss = reg(loss)`` and ``loss.backward()`` in it, gradients are
@@ -97,17 +98,17 @@ def compile(
     return Compiled(function, model, optimizer, compiler or partial(_inductor, options or {}))
 
 
-class Compiled:
+class Compiled(Generic[Out]):
     """What :func:`compile` returns."""
 
     def __init__(
-        self, function: Callable, model: nn.Module, optimizer: Optimizer | None, compiler: Compiler
+        self, function: Callable[..., Out], model: nn.Module, optimizer: Optimizer | None, compiler: Compiler
     ) -> None:
         self._function, self._model, self._optimizer, self._compiler = function, model, optimizer, compiler
         self._graphs: dict[Hashable, _Graph] = {}
         self._prepared = optimizer is None
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: object) -> Out:
         owners = _owners(self._model)
         plans = [owner.plan() for owner in owners]
         if any(eager for eager, _ in plans) or not self._prepared:
@@ -136,7 +137,7 @@ class Compiled:
         groups = [] if self._optimizer is None else self._optimizer.param_groups
         return [value for group in groups for name, value in group.items() if name != "params"]
 
-    def _signature(self, leaves: list, spec: TreeSpec, state: list[Tensor], plans: list) -> Hashable:
+    def _signature(self, leaves: list[Any], spec: TreeSpec, state: list[Tensor], plans: list[Any]) -> Hashable:
         kinds = [_kind(leaf) for leaf in (*leaves, *state)]
         modes = [module.training for module in self._model.modules()]
         casts = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
@@ -145,8 +146,8 @@ class Compiled:
         return str(spec), *kinds, *modes, *casts, *there, *settings, *plans, torch.is_grad_enabled()
 
     def _traced(
-        self, leaves: list, spec: TreeSpec, inputs: list[Tensor], owners: list[Regularizer]
-    ) -> tuple[object, _Graph]:
+        self, leaves: list[Any], spec: TreeSpec, inputs: list[Tensor], owners: list[Regularizer]
+    ) -> tuple[Out, _Graph]:
         """What the function returns, and a graph of what it did."""
         # Imported where it is used: it takes longer than all the rest of fastreg.
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -178,9 +179,9 @@ class _Results(NamedTuple):
         kept: by every Regularizer; None by one that left its penalties out.
     """
 
-    returned: object
+    returned: Any
     gradients: dict[int, Tensor | None]
-    kept: list[tuple | None]
+    kept: list[tuple[Any, ...] | None]
 
 
 class _Graph:
@@ -188,12 +189,12 @@ class _Graph:
 
     def __init__(self, graph: GraphModule, compiler: Compiler, numbers: hosted.Numbers, results: _Results) -> None:
         self._graph, self._compiler, self._numbers = graph, compiler, numbers
-        self._compiled: Callable | None = None
+        self._compiled: Callable[..., Any] | None = None
         leaves, self._form = tree_flatten(results)
         self._template = [_FROM_GRAPH if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     @torch.no_grad()
-    def run(self, inputs: list[Tensor], model: nn.Module, owners: list[Regularizer]) -> object:
+    def run(self, inputs: list[Tensor], model: nn.Module, owners: list[Regularizer]) -> Any:
         """Take the step."""
         inputs = [t.detach() for t in (*inputs, *hosted.numbers(self._numbers))]
         # Autocast's casts are in the graph.
@@ -218,7 +219,9 @@ _FROM_GRAPH = object()
 class _NoDrawsInBackward(TorchDispatchMode):
     """Refuses random numbers in a backward: generators that are set back there, as a graph does not know."""
 
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         if torch.Tag.nondeterministic_seeded in func.tags and torch._C._current_graph_task_id() != -1:
             raise FastregError(
                 f"compile: a backward must not draw random numbers, got {func} (activation checkpointing of dropout: "
@@ -242,8 +245,9 @@ def _values_are_unknown() -> Iterator[None]:
 
 
 def _owners(model: nn.Module) -> list[Regularizer]:
-    owners = [recorder.owner for recorder in attached(model)]
-    if not all(isinstance(owner, Regularizer) for owner in owners):
+    found = [recorder.owner for recorder in attached(model)]
+    owners = [owner for owner in found if isinstance(owner, Regularizer)]
+    if len(owners) < len(found):
         raise FastregError(
             "compile: what is attached to the model must be a Regularizer, got a Monitor, SAM or magnitudes of a "
             "Grafted (remove() it; with them compile the model itself: torch.compile(model))"
@@ -251,14 +255,14 @@ def _owners(model: nn.Module) -> list[Regularizer]:
     return owners
 
 
-def _kept(owner: Regularizer, reported: dict[str, Tensor]) -> tuple | None:
+def _kept(owner: Regularizer, reported: dict[str, Tensor]) -> tuple[Any, ...] | None:
     if owner.metrics is reported:
         return None
     own = [[getattr(penalty, name) for name in penalty.kept] for penalty in owner.penalties]
     return _detached((owner.metrics, owner.sq_norms, own))
 
 
-def _keep(owner: Regularizer, kept: tuple) -> None:
+def _keep(owner: Regularizer, kept: tuple[Any, ...]) -> None:
     owner.metrics, owner.sq_norms, own = kept
     for penalty, values in zip(owner.penalties, own, strict=True):
         for name, value in zip(penalty.kept, values, strict=True):
@@ -270,11 +274,11 @@ def _new_gradients(model: nn.Module, before: list[Tensor | None]) -> dict[int, T
     return {number: new for number, (new, old) in enumerate(zip(now, before, strict=True)) if new is not old}
 
 
-def _detached(values: object) -> object:
+def _detached(values: Any) -> Any:
     return tree_map_only(Tensor, torch.Tensor.detach, values)
 
 
-def _inductor(options: dict[str, object], graph: GraphModule, inputs: list[Tensor]) -> Callable:
+def _inductor(options: dict[str, Any], graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     import torch._inductor
 
     compiled = torch._inductor.compile(graph, inputs, options=options)

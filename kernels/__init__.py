@@ -19,7 +19,8 @@ if __name__ == "fastreg.kernels":
         registry,
     )
     from fastreg.kernels.affine_sqnorm import affine_sqnorm
-    from fastreg.kernels.attention import Pattern, attention_backward, attention_double_backward, attention_forward
+    from fastreg.kernels.attention import attention_backward, attention_double_backward, attention_forward
+    from fastreg.kernels.attention.pattern import Pattern
     from fastreg.kernels.convolution import conv_apply, conv_outer
     from fastreg.kernels.cross_entropy import (
         cross_entropy,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Launch:
         stages: depth of the software pipeline.
     """
 
-    kernel: Callable[..., None]
+    kernel: Any
     grid: Grid
     args: tuple[object, ...]
     meta: dict[str, object]
@@ -72,7 +73,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Callable[..., None], grid: Grid, *args: object, warps: int = 4, stages: int = 3, **meta: object
+    kernel: Any, grid: Grid, *args: object, warps: int = 4, stages: int = 3, **meta: object
 ) -> None:
     """Run ``kernel`` over ``grid``, or record that it would; an empty grid runs nothing."""
     if 0 in grid:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import Tensor
 
 LOW = 0xFFFFFFFF
@@ -10,8 +12,11 @@ _FACTORS = (0xD2511F53, 0xCD9E8D57)
 _RAISES = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
+# 64 bits.
+Word = TypeVar("Word", int, Tensor)
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]) -> tuple[Tensor, ...]:
+
+def philox(counter: tuple[Tensor, ...], key: tuple[Word, Word]) -> tuple[Tensor, ...]:
     """Philox-4x32-10: four words of 32 random bits per counter of four words, all held in int64.
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
@@ -27,6 +32,6 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int | Tensor, int | Tensor]) 
     return c0, c1, c2, c3
 
 
-def halves(number: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
+def halves(number: Word) -> tuple[Word, Word]:
     """The low and the high 32 bits of 64."""
     return number & LOW, number >> 32 & LOW

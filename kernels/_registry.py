@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch._ops import OpOverload
 
 from fastreg.errors import FastregError
 
@@ -25,7 +27,10 @@ BACKENDS = ("cuda", "triton", "native", "reference")
 
 # The library object must outlive every operator defined through it.
 _LIBRARY = torch.library.Library("fastreg", "FRAGMENT")
-_OPS: dict[str, Op] = {}
+_OPS: dict[str, Op[Any]] = {}
+
+# What an op returns: the same as its reference.
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Implementation:
     """
 
     name: str
-    fn: Callable[..., object]
+    fn: Callable[..., Any]
     why_not: Callable[..., str | None]
     slower: Callable[..., str | None] | None = None
 
@@ -67,7 +72,7 @@ def _always(*_args: object) -> None:
 
 
 @dataclass(frozen=True)
-class Op:
+class Op(Generic[Out]):
     """An op: schema, oracle, implementations and example inputs.
 
     Args:
@@ -80,10 +85,10 @@ class Op:
 
     name: str
     schema: str
-    reference: Callable[..., object]
+    reference: Callable[..., Out]
     examples: Callable[[torch.dtype, str], list[tuple[object, ...]]]
     implementations: tuple[Implementation, ...] = ()
-    overload: Callable[..., object] = field(init=False, repr=False)
+    overload: OpOverload[..., Out] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.name in _OPS:
@@ -102,13 +107,13 @@ class Op:
         object.__setattr__(self, "overload", getattr(torch.ops.fastreg, f"_{self.name}").default)
         _OPS[self.name] = self
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: object) -> Out:
         # The dispatcher costs as much as a small op; it is needed only where somebody listens to it.
         if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
             return self.overload(*args)
         return self.run(*args)
 
-    def run(self, *args: object) -> object:
+    def run(self, *args: object) -> Out:
         """Call the chosen implementation directly, below torch's dispatcher."""
         return chosen(self.name, self.implementations, args).fn(*args)
 
@@ -131,7 +136,7 @@ def _required(
     function: str, implementations: tuple[Implementation, ...], name: str, args: tuple[object, ...]
 ) -> Implementation:
     """The implementation called ``name``; FastregError if it cannot run ``args``."""
-    reason = f"{function} has no such implementation"
+    reason: str | None = f"{function} has no such implementation"
     for implementation in implementations:
         if implementation.name == name:
             reason = implementation.why_not(*args)
@@ -216,6 +221,6 @@ def has_fast_form(op_name: str, x: Tensor) -> bool:
     return any(implementation.refusal((x,)) is None for implementation in fast)
 
 
-def registry() -> Mapping[str, Op]:
+def registry() -> Mapping[str, Op[Any]]:
     """Every op by name (read-only)."""
     return MappingProxyType(_OPS)

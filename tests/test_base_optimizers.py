@@ -175,6 +175,7 @@ CAPTURABLE = [name for name in TORCH if "capturable" in inspect.signature(getatt
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_capturable_optimizers(wrapper: str, name: str) -> None:
     assert_same_steps(wrapper, "torch.optim", name, TORCH[name] | {"capturable": True}, device="cuda")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Literal, overload
 
 import numpy
 import torch
@@ -13,12 +15,26 @@ from fastreg.curvature.recurrence import Recurrence, random_rows
 from fastreg.errors import FastregError
 
 # The first k by ascending key are the ones wanted.
-KEYS = {"LA": torch.neg, "SA": torch.clone, "LM": lambda values: -values.abs()}
+KEYS: dict[str, Callable[[Tensor], Tensor]] = {"LA": torch.neg, "SA": torch.clone, "LM": lambda values: -values.abs()}
 METHODS = ("lanczos", "lobpcg")
 # Residuals of this many roundings of the largest eigenvalue are as good as none: a product is no more precise.
 ROUNDINGS = 16
 # The smallest tolerance that lobpcg takes for one: 0 makes it choose another.
 TINY = float(numpy.finfo(float).tiny)
+
+
+@overload
+def top_eigenvalues(
+    operator: CurvatureOperator, k: int = 1, *, which: str = "LA", method: str = "lanczos", steps: int | None = None,
+    tol: float = 1e-3, max_steps: int = 200, generator: torch.Generator | None = None, vectors: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def top_eigenvalues(
+    operator: CurvatureOperator, k: int = 1, *, which: str = "LA", method: str = "lanczos", steps: int | None = None,
+    tol: float = 1e-3, max_steps: int = 200, generator: torch.Generator | None = None, vectors: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def top_eigenvalues(

@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastreg.curvature.linearization import Linearization, LossFunction
+from fastreg.curvature.linearization import Batch, Linearization, LossFunction
 from fastreg.curvature.products import Product, fisher_product, ggn_product, hessian_product
-from fastreg.curvature.vectors import Forms, Vectors, named_parameters
+from fastreg.curvature.vectors import Forms, Same, Vectors, named_parameters
 from fastreg.errors import FastregError
 
 GRADIENT = "grad"
 
 
+@overload
+def batched_hvp(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, vectors: Literal["grad"],
+    micro_batch_size: int | None = None, *, reduce: str | None = None,
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> dict[str, Tensor]: ...  # fmt: skip
+
+
+@overload
+def batched_hvp(
+    model: nn.Module, loss_fn: LossFunction, batch: Batch, vectors: Same,
+    micro_batch_size: int | None = None, *, reduce: str | None = None,
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> Same: ...  # fmt: skip
+
+
 def batched_hvp(
     model: nn.Module,
     loss_fn: LossFunction,
-    batch: tuple,
+    batch: Batch,
     vectors: Vectors | str,
     micro_batch_size: int | None = None,
     *,
@@ -82,13 +99,13 @@ def batched_hvp(
 def ggn_vp(
     model: nn.Module,
     loss_fn: LossFunction,
-    batch: tuple,
-    vectors: Vectors,
+    batch: Batch,
+    vectors: Same,
     micro_batch_size: int | None = None,
     *,
     reduce: str | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
-) -> Vectors:
+) -> Same:
     r"""Products with the generalised Gauss-Newton matrix, ``J^T H_out J``; arguments as for :func:`batched_hvp`.
 
     J is the Jacobian of the outputs by the parameters, ``H_out`` the Hessian of the mean loss by the outputs. Positive
@@ -111,15 +128,15 @@ def ggn_vp(
 def fisher_vp(
     model: nn.Module,
     loss_fn: LossFunction | None,
-    batch: tuple,
-    vectors: Vectors,
+    batch: Batch,
+    vectors: Same,
     micro_batch_size: int | None = None,
     *,
     kind: str = "sampled",
     seed: int | None = None,
     reduce: str | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
-) -> Vectors:
+) -> Same:
     r"""Products with a Fisher information matrix; other arguments as for :func:`batched_hvp`.
 
         exact      (1/N) sum_r J_r^T (diag p_r - p_r p_r^T) J_r      over the N predictions of the batch
@@ -152,11 +169,11 @@ def _products(
     model: nn.Module,
     make: Callable[[Linearization], Product],
     inputs: object,
-    vectors: Vectors,
+    vectors: Same,
     size: int | None,
     reduce: str | None,
     parameters: Iterable[nn.Parameter] | None,
-) -> Vectors:
+) -> Same:
     _check_reduction(size, reduce)
     chosen = named_parameters(model, parameters)
     forms = Forms(vectors, chosen)
@@ -164,13 +181,13 @@ def _products(
     linear = Linearization(model, chosen, inputs, size, spread=spread, apart=spread and reduce is None)
     product = make(linear)
     if not spread:
-        return forms.restore(_one_by_one(product, forms.parts))
+        return cast(Same, forms.restore(_one_by_one(product, forms.parts)))
     count = linear.micro_batches.count
     if forms.count != count:
         raise FastregError(f"curvature: vectors must be one per micro-batch, {count}, got {forms.count}")
     if reduce is None:
-        return forms.restore(linear.unweighted(product(forms.parts)))
-    return forms.restore_one(product(linear.weighted(forms.parts, mean=reduce == "mean")))
+        return cast(Same, forms.restore(linear.unweighted(product(forms.parts))))
+    return cast(Same, forms.restore_one(product(linear.weighted(forms.parts, mean=reduce == "mean"))))
 
 
 def _one_by_one(product: Product, parts: list[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,9 @@ from fastreg.recording import Recorder
 from fastreg.rules.spread import Leaves
 from fastreg.session import Phase, Session
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Any, Tensor], Tensor]
+# Inputs, as the model is called with, and targets.
+Batch = tuple[Any, Tensor]
 Vectors = Sequence[Tensor]
 
 
@@ -53,7 +56,7 @@ class Linearization:
     def __init__(
         self,
         model: nn.Module,
-        parameters: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
         inputs: object,
         micro_batch_size: int | None = None,
         *,
@@ -66,7 +69,7 @@ class Linearization:
         check_model(model)
         self._parameters = list(parameters.values())
         self._names = {id(p): name for name, p in parameters.items()}
-        self._session: Session | None = None
+        self._known: Session | None = None
         self._spread, self._apart = spread, apart
         size = sys.maxsize if size is None else size
         self._model = model
@@ -148,7 +151,9 @@ class Linearization:
 
         def product(vectors: Vectors) -> Tensor:
             with self._session.during(Phase.TANGENT):
-                return self._derivative(gradients, [seed], vectors)[0]
+                (found,) = self._derivative(gradients, [seed], vectors)
+            assert found is not None  # the outputs depend on parameters
+            return found
 
         return product
 
@@ -165,23 +170,29 @@ class Linearization:
         return logits
 
     def _open(self, session: Session) -> None:
-        if self._session is not None:
+        if self._known is not None:
             raise FastregError("curvature: the model must be run on one batch, got forwards of several batch sizes")
-        self._session = session
+        self._known = session
         if self._spread:
             session.leaves = Leaves(session.micro_batches.count, self._parameters, self._apart)
+
+    @property
+    def _session(self) -> Session:
+        assert self._known is not None
+        return self._known
 
     def _inverse_shares(self) -> Tensor:
         """``B / b_k``, ``[m]``."""
         return self.micro_batches.samples / self.micro_batches.sizes(torch.device("cpu"), torch.float64)
 
     @property
-    def _leaves(self) -> list[Tensor]:
+    def _leaves(self) -> Sequence[Tensor]:
         """What vectors are multiplied with: leaves, or the parameters themselves."""
-        return list(self._session.leaves.of.values()) if self._spread else self._parameters
+        leaves = self._session.leaves
+        return self._parameters if leaves is None else list(leaves.of.values())
 
     @property
-    def _asked(self) -> list[Tensor]:
+    def _asked(self) -> Sequence[Tensor]:
         """What results are gradients of."""
         return self._leaves if self._apart else self._parameters
 

@@ -6,17 +6,16 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fastreg.curvature.linearization import Linearization, LossFunction
+from fastreg.curvature.linearization import Batch, Linearization, LossFunction
 from fastreg.curvature.operator import CurvatureOperator
 from fastreg.curvature.products import FISHER_KINDS, Product, fisher_product, ggn_product, hessian_product
 from fastreg.curvature.vectors import named_parameters, unflatten
 from fastreg.errors import FastregError
-
-Batch = tuple[object, Tensor]
 
 
 class ModelOperator(CurvatureOperator):
@@ -43,6 +42,8 @@ class ModelOperator(CurvatureOperator):
         FastregError: the data cannot be iterated again, or are empty; see :func:`fastreg.curvature.batched_hvp`.
     """
 
+    parameters: dict[str, nn.Parameter]
+
     def __init__(
         self,
         model: nn.Module,
@@ -60,8 +61,10 @@ class ModelOperator(CurvatureOperator):
             )
         # The second entry of a batch is its targets; the second of a list of batches is a batch.
         single = isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[1], (tuple, list))
-        self.model, self.loss_fn, self.seed, self.progress = model, loss_fn, seed, progress
-        self._batches = (data,) if single else data
+        self.model, self.seed, self.progress = model, seed, progress
+        # Only an exact or a sampled Fisher matrix, which never asks for it, may go without.
+        self.loss_fn: LossFunction = cast(LossFunction, loss_fn)
+        self._batches: Iterable[Batch] = (cast(Batch, data),) if single else cast(Iterable[Batch], data)
         self._kept: tuple[list[object], Linearization, Product] | None = None
         self._keeps = single
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy
 import torch
 from torch import Tensor
 
-from fastreg.curvature.vectors import Vectors, common_dtype, flatten
+from fastreg.curvature.vectors import Same, common_dtype, flatten
 from fastreg.errors import FastregError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from scipy.sparse.linalg import LinearOperator
 
 
@@ -49,7 +49,7 @@ class CurvatureOperator(ABC):
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         _check_parameters(parameters)
-        self.parameters = dict(parameters)
+        self.parameters: Mapping[str, Tensor] = dict(parameters)
         self.size = sum(p.numel() for p in self.parameters.values())
         self.shape = (self.size, self.size)
         self.dtype = common_dtype(self.parameters)
@@ -59,7 +59,7 @@ class CurvatureOperator(ABC):
     def apply(self, rows: Tensor) -> Tensor:
         """``[n, D] -> [n, D]``, of :attr:`dtype`: row j of the result is A times row j."""
 
-    def __matmul__(self, vectors: Vectors) -> Vectors:
+    def __matmul__(self, vectors: Same) -> Same:
         """A times one or several vectors, in the form they come in.
 
         Args:
@@ -70,7 +70,7 @@ class CurvatureOperator(ABC):
             FastregError: a wrong form, name, length, shape, dtype or device.
         """
         rows, restore = flatten(vectors, self.parameters)
-        return restore(self.apply(rows))
+        return cast(Same, restore(self.apply(rows)))
 
     def dense(self, *, block: int = 64) -> Tensor:
         """The matrix ``[D, D]``, for small models: D products, ``block`` at a time.
@@ -91,7 +91,7 @@ class CurvatureOperator(ABC):
         """
         from scipy.sparse.linalg import LinearOperator
 
-        def product(columns: numpy.ndarray) -> numpy.ndarray:
+        def product(columns: NDArray[Any]) -> NDArray[Any]:
             rows = torch.as_tensor(columns, dtype=self.dtype, device=self.device).reshape(self.size, -1).T
             return self.apply(rows).T.detach().cpu().numpy().reshape(columns.shape)
 

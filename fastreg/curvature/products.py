@@ -87,8 +87,8 @@ def _sampled(linear: Linearization, seed: int, draw: int) -> Product:
     return _outer_products(linear, scores / losses.numel() ** 0.5, (-1,))
 
 
-def _empirical(linear: Linearization, loss_fn: LossFunction, targets: Tensor) -> Product:
-    if loss_fn is None:
+def _empirical(linear: Linearization, loss_fn: LossFunction | None, targets: Tensor | None) -> Product:
+    if loss_fn is None or targets is None:
         raise FastregError("fisher_vp: loss_fn must be given for kind='empirical', got None")
     logits = linear.logits().detach().requires_grad_()
     (slope,) = torch.autograd.grad(linear.loss_once(loss_fn, targets, logits), logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import count
 
 import torch
@@ -156,7 +157,7 @@ def _orthogonalized(rows: Tensor, basis: Tensor, floor: Tensor) -> tuple[Tensor,
     2005). Where it takes away something still, another follows, since what remains is as small as that rounding and
     would hand it on enlarged from step to step; below ``floor [n]`` nothing is left to keep.
     """
-    parts, norms = 0.0, _norms(rows)
+    parts, norms = rows.new_zeros((), dtype=torch.float64), _norms(rows)
     for done in count(1):
         along = _products(basis, rows)
         rows = rows - torch.bmm(along.to(rows.dtype).unsqueeze(1), basis).squeeze(1)
@@ -170,7 +171,7 @@ def _orthogonalized(rows: Tensor, basis: Tensor, floor: Tensor) -> tuple[Tensor,
 def _products(basis: Tensor, rows: Tensor) -> Tensor:
     """``basis [n, s, D]`` times ``rows [n, D]``: ``[n, s]`` float64, summed in it from chunk to chunk."""
     chunks = zip(basis.split(CHUNK, dim=2), rows.unsqueeze(2).split(CHUNK, dim=1))
-    return sum(torch.bmm(part, row).double() for part, row in chunks).squeeze(2)
+    return reduce(torch.add, (torch.bmm(part, row).double() for part, row in chunks)).squeeze(2)
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from fastreg.curvature.eigenvalues import top_eigenvalues
-from fastreg.curvature.linearization import Linearization, LossFunction
+from fastreg.curvature.linearization import Batch, Linearization, LossFunction
 from fastreg.curvature.operator import CurvatureOperator
 from fastreg.curvature.vectors import named_parameters
 from fastreg.errors import FastregError
@@ -72,14 +73,14 @@ def sharpness_margin(
         raise FastregError(f"sharpness_margin: lr must be a number > 0, got {lr!r}")
     if not 0 <= momentum < 1:
         raise FastregError(f"sharpness_margin: momentum must be in [0, 1), got {momentum!r}")
-    (sharpness,) = top_eigenvalues(operator, 1, tol=tol, generator=generator)
+    sharpness = top_eigenvalues(operator, 1, tol=tol, generator=generator)[0]
     return SharpnessMargin(sharpness, 2 * (1 + momentum) / lr)
 
 
 def gradient_curvatures(
     model: nn.Module,
     loss_fn: LossFunction,
-    batch: tuple,
+    batch: Batch,
     micro_batch_size: int,
     *,
     parameters: Iterable[nn.Parameter] | None = None,
@@ -103,14 +104,14 @@ def gradient_curvatures(
     chosen = named_parameters(model, parameters)
     linear = Linearization(model, chosen, batch[0], micro_batch_size, spread=True, apart=True)
     gradients, products = linear.along_gradients(linear.loss(loss_fn, batch[1]))
-    curvatures = sum(row_dots(g, h) for g, h in zip(gradients, products, strict=True))
-    return curvatures, sum(row_dots(g, g) for g in gradients)
+    curvatures = reduce(torch.add, map(row_dots, gradients, products))
+    return curvatures, reduce(torch.add, (row_dots(g, g) for g in gradients))
 
 
 def batch_sharpness(
     model: nn.Module,
     loss_fn: LossFunction,
-    batch: tuple,
+    batch: Batch,
     micro_batch_size: int,
     *,
     parameters: Iterable[nn.Parameter] | None = None,

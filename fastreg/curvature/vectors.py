@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from fastreg.errors import FastregError
 
 Vectors = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+# The form that vectors come in is the form of the products.
+Same = TypeVar("Same", bound=Vectors)
 FORMS = "a tensor, a dict name -> tensor, a list or a tuple of tensors"
 
 
@@ -48,7 +51,7 @@ def flatten(vectors: Vectors, parameters: Mapping[str, Tensor]) -> tuple[Tensor,
 
     def restore(rows: Tensor) -> Vectors:
         parts = unflatten(rows if lead else rows[0], parameters)
-        return parts if isinstance(vectors, Mapping) else type(vectors)(parts.values())
+        return _like(vectors, parts)
 
     return rows, restore
 
@@ -92,7 +95,7 @@ class Forms:
 
     def _named(self, parts: Sequence[Tensor]) -> Vectors:
         named = dict(zip(self._parameters, (part.to(common_dtype(self._parameters)) for part in parts), strict=True))
-        return named if isinstance(self._vectors, Mapping) else type(self._vectors)(named.values())
+        return _like(self._vectors, named)
 
 
 def named_parameters(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> dict[str, nn.Parameter]:
@@ -135,6 +138,14 @@ def check_tensor(name: str, value: Tensor, shape: tuple[int, ...], like: Mapping
     if (tuple(value.shape), value.dtype, value.device) != (shape, dtype, device):
         got = f"{list(value.shape)} {value.dtype} on {value.device}"
         raise FastregError(f"{name} must be {list(shape)} {dtype} on {device}, got {got} ({hint})")
+
+
+def _like(vectors: Vectors, named: dict[str, Tensor]) -> Vectors:
+    """``named`` in the form of the vectors, a mapping, a list or a tuple."""
+    if isinstance(vectors, Mapping):
+        return named
+    kind: Any = type(vectors)
+    return cast(Vectors, kind(named.values()))
 
 
 def _flatten_columns(vectors: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], Vectors]]:

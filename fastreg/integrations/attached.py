@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,12 @@ from torch import nn
 from fastreg.errors import FastregError
 from fastreg.monitor import Monitor
 from fastreg.regularizer import Regularizer
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    # Mixed into Trainers, of which this module needs to know none.
+    Trainer = object
 
 Kind = TypeVar("Kind", Regularizer, Monitor)
 
@@ -29,8 +35,9 @@ class Attached(Generic[Kind]):
     """
 
     def __init__(self, build: Callable[[nn.Module], Kind], name: str) -> None:
-        self._build, self._name = build, name
-        self._state: dict[str, object] | None = None
+        self._build: Callable[[nn.Module], Kind] = build
+        self._name = name
+        self._state: dict[str, Any] | None = None
         self.one: Kind | None = None
 
     def to(self, model: nn.Module) -> Kind:
@@ -66,7 +73,7 @@ class Attached(Generic[Kind]):
         return Path(folder) / f"{self._name}_{process}.pt"
 
 
-class Attaching:
+class Attaching(Trainer):
     """A Trainer with something attached to its model: in its logs and checkpoints."""
 
     def __init__(self, *args: Any, attached: type[Regularizer | Monitor], **kwargs: Any) -> None:
@@ -75,7 +82,8 @@ class Attaching:
         super().__init__(*args, **kwargs)
         # Arguments are refused now rather than at the first step.
         attached(self.model, **options).remove()
-        self._attached = Attached(lambda model: attached(model, **options), f"fastreg_{attached.__name__.lower()}")
+        name = f"fastreg_{attached.__name__.lower()}"
+        self._attached: Attached[Any] = Attached(lambda model: attached(model, **options), name)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with scalar metrics of the last step in the logs of training steps."""

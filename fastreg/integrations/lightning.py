@@ -60,7 +60,7 @@ class Kept(Callback, Generic[Kind]):
                 f"got {type(one.model).__name__} itself (Lightning calls it for training_step, loss and all: attach to "
                 "the network that training_step calls)"
             )
-        self.one = one
+        self.one: Kind = one
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all processes."""

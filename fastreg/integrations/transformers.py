@@ -142,6 +142,7 @@ class RegularizerMixin(Attaching):
         self, model: nn.Module, run: Run, counts: Tensor | None, own: Tensor | int, total: Tensor | float
     ) -> tuple[Tensor, Any]:
         found: list[Any] = []
+        regularizer = self._attached.to(model)
 
         def mean() -> Tensor:
             loss, outputs = run()
@@ -149,11 +150,11 @@ class RegularizerMixin(Attaching):
             return loss * total / own
 
         if self._calls_again:
-            loss = self.regularizer(mean, counts=counts)
+            loss = regularizer(mean, counts=counts)
         else:
             with own_outputs(model) as outputs:
                 loss = mean()
-            loss = self.regularizer(loss, *outputs[-1:], counts=counts)
+            loss = regularizer(loss, *outputs[-1:], counts=counts)
         return loss * own / total, found[0]
 
     def _shifts_labels(self) -> bool:

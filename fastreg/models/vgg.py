@@ -30,6 +30,7 @@ def vgg11(num_classes: int = 10) -> nn.Sequential:
     for group in VGG11:
         for fan_out in group:
             conv = nn.Conv2d(fan_in, fan_out, 3, padding=1)
+            assert conv.bias is not None
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
             layers += [conv, nn.ReLU()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class BackwardSource(Source):
         else:
             self._attach(dict(enumerate(self.parameters)))
 
-    def _follow(self, module: nn.Module, _args: tuple) -> None:
+    def _follow(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
         """Gradients of one rank are those of whole parameters, which keep their identity once they are there."""
         self._shards.follow(module)
         self._attach(self._shards.whole)
@@ -42,7 +43,7 @@ class BackwardSource(Source):
             self._handles.append(parameters[number].register_hook(partial(self._square, number)))
         self._hooked |= parameters.keys()
 
-    def _count(self, _model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _count(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and self._model.training and torch._C._current_graph_task_id() == -1:
             self._samples = batch_size(args, kwargs)
             self._forwards += 1

@@ -22,38 +22,38 @@ class Means:
     """Sums over the backward passes of a step, of all ranks.
 
     Attributes:
+        ranks: those of DistributedDataParallel or ``fully_shard``, whose gradient is the mean over them.
         squared: sum of the micro-batches' squared norms, ``[L]``.
         count: micro-batches.
         inverse: sum of ``1 / b_k``.
         passes: backward passes.
         inverse_samples: sum of ``1 / B_j``.
         samples: sum of ``B_j``.
-        ranks: those of DistributedDataParallel or ``fully_shard``, whose gradient is the mean over them.
     """
 
+    ranks: int
     squared: Tensor
     count: Number
     inverse: Number
     passes: Number
     inverse_samples: Number
     samples: Number
-    ranks: int
 
     @classmethod
     def of(cls, passes: Sequence[Backward], squared: Tensor, model: nn.Module) -> Means:
         """Of the passes of this rank, with ``squared [m, L]`` of all their micro-batches, and of the other ranks'."""
         inverse = sum(one.inverse for one in passes)
         samples, inverse_samples = sum(one.samples for one in passes), sum(1 / one.samples for one in passes)
-        numbers = squared.shape[0], inverse, len(passes), inverse_samples, samples
+        numbers: list[Number] = [squared.shape[0], inverse, len(passes), inverse_samples, samples]
         groups = axes(model)
         if not groups:
-            return cls(squared.sum(0), *numbers, ranks=1)
+            return cls(1, squared.sum(0), *numbers)
         rest = [x.reshape(1).to(squared.dtype) if isinstance(x, Tensor) else squared.new_full((1,), x) for x in numbers]
         joined = torch.cat([squared.sum(0), *rest])
         for group in groups:
             dist.all_reduce(joined, group=group)
         ranks = math.prod(group.size() for group in groups)
-        return cls(joined[: -len(rest)], *joined[-len(rest) :].unbind(), ranks=ranks)
+        return cls(ranks, joined[: -len(rest)], *joined[-len(rest) :].unbind())
 
     @property
     def small(self) -> Tensor:
@@ -95,12 +95,12 @@ def squared_gradients(parameters: Sequence[nn.Parameter], like: Tensor) -> Tenso
     Raises:
         FastregError: there is nothing in any.
     """
-    present = [i for i, p in enumerate(parameters) if p.requires_grad and p.grad is not None]
-    if not present:
+    there = {i: p.grad for i, p in enumerate(parameters) if p.requires_grad and p.grad is not None}
+    if not there:
         raise FastregError("Monitor.step: gradients must be in .grad, got none (call it before zero_grad)")
-    found = sq_norms([parameters[i].grad for i in present]).to(like.dtype)
-    if len(present) == len(parameters):
+    found = sq_norms([*there.values()]).to(like.dtype)
+    if len(there) == len(parameters):
         return found
-    by_number = dict(zip(present, found.unbind(), strict=True))
+    by_number = dict(zip(there, found.unbind(), strict=True))
     zero = like.new_zeros(())
     return torch.stack([by_number.get(i, zero) for i in range(len(parameters))])

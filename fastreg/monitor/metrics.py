@@ -51,6 +51,11 @@ class Metric:
     noise: bool = False
 
 
+def _fisher(m: Measured) -> Tensor:
+    assert m.fisher is not None  # asked for by name
+    return m.fisher
+
+
 METRICS = {
     "grad_noise_scale": Metric(
         lambda m: m.trace / m.signal,
@@ -71,7 +76,7 @@ METRICS = {
         lambda m: m.small, "mean ||g_i||^2, the Fisher trace with the batch's own labels", True, samples=True
     ),
     "fisher_trace": Metric(
-        lambda m: m.fisher, "tr F with labels drawn from the model; one more pass of input gradients", fisher=True
+        _fisher, "tr F with labels drawn from the model; one more pass of input gradients", fisher=True
     ),
 }
 DEFAULT = ("grad_noise_scale", "noise_trace", "grad_norm")

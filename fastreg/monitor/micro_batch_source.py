@@ -13,6 +13,7 @@ from fastreg.chain import squared_norms
 from fastreg.cross_entropy import drawn_cross_entropy
 from fastreg.errors import FastregError
 from fastreg.loss import Reduction, first_tensor
+from fastreg.monitor.noise import Number
 from fastreg.monitor.sources import Backward, Source, check_passes
 from fastreg.recording import Recorder
 from fastreg.session import Phase, Session
@@ -78,8 +79,9 @@ class MicroBatchSource(Source):
 
     def _backward(self, session: Session, reduction: Reduction, by_layer: Callable[[Tensor], Tensor]) -> Backward:
         cut, squared, pick = session.micro_batches, session.probe.grad, session.pick(norms_alone=True)
+        assert squared is not None  # the passes taken are those that have run
         factors = reduction.factors(cut, squared)
-        if self._per_layer:
+        if session.per_parameter is not None:
             zero = torch.zeros_like(squared)
             each = [session.per_parameter.get(id(p), zero) for p in self._recorder.parameters]
             squared = by_layer(torch.stack(each, 1).to(squared.dtype))
@@ -87,7 +89,8 @@ class MicroBatchSource(Source):
             squared = squared.unsqueeze(1)
         if reduction.counts is None:
             kept = pick.kept
-            samples, inverse = cut.samples, kept.full / kept.size + (1 / kept.tail if kept.tail else 0)
+            samples: Number = cut.samples
+            inverse: Number = kept.full / kept.size + (1 / kept.tail if kept.tail else 0)
         else:
             sizes = reduction.sizes(cut, squared)
             samples, inverse = sizes.sum(), (1 / pick.take_segments(sizes)).sum()
@@ -107,6 +110,7 @@ class MicroBatchSource(Source):
             squared = squared_norms(session, losses.sum(), differentiable=False)
         session.per_parameter = kept
         measured = session.pick(norms_alone=True).kept.samples * (labels.numel() // session.micro_batches.samples)
+        assert self.fisher is not None
         self.fisher.append(squared.sum() / measured)
 
     def remove(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from fastreg.monitor.means import Layers, Means, squared_gradients
 from fastreg.monitor.metrics import DEFAULT, METRICS, Measured
 from fastreg.monitor.micro_batch_source import MicroBatchSource
 from fastreg.monitor.noise import Average, moments
-from fastreg.monitor.sources import Backward
+from fastreg.monitor.sources import Backward, Source
 from fastreg.ranks import is_first
 from fastreg.sinks import Sink
 
@@ -95,13 +97,13 @@ class Monitor:
         self.metrics: dict[str, Tensor] = {}
         self._names = tuple(metrics)
         if micro_batch_size is None:
-            self._source = BackwardSource(model)
+            self._source: Source = BackwardSource(model)
         else:
             if fraction is None:
                 fraction = 1.0 if any(METRICS[name].aligned for name in metrics) else EIGHTH
-            self._source = MicroBatchSource(model, micro_batch_size, fraction, per_layer, seed)
+            source = self._source = MicroBatchSource(model, micro_batch_size, fraction, per_layer, seed)
             if any(METRICS[name].fisher for name in metrics):
-                self._source.trace_fisher()
+                source.trace_fisher()
         self._layers = Layers(model, self._source.parameters) if per_layer else None
         self._average = Average(ema)
         self._steps = 0
@@ -144,11 +146,11 @@ class Monitor:
         """Detach from the model."""
         self._source.remove()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next values to be the same."""
         return {"steps": self._steps, "average": self._average.state_dict(), "source": self._source.state_dict()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self._steps = state["steps"]
         self._source.on = self._steps % self.every == 0
@@ -180,8 +182,8 @@ class Monitor:
         return Measured(means.small, big, trace, signal, squared.sum(1).sqrt(), drawn)
 
     def _evaluated(self, by_layer: Measured) -> dict[str, Tensor]:
-        sums = (getattr(by_layer, field).sum() for field in ("small", "big", "trace", "signal"))
-        total = Measured(*sums, by_layer.norms, by_layer.fisher)
+        sums = {field: getattr(by_layer, field).sum() for field in ("small", "big", "trace", "signal")}
+        total = replace(by_layer, **sums)
         found = {f"fastreg/{name}": METRICS[name].value(total) for name in self._names}
         if self._layers is not None:
             for name in (name for name in self._names if METRICS[name].layered):

@@ -9,6 +9,7 @@ so they are averaged over steps before it is formed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Sizes:
     @property
     def one(self) -> bool:
         """Whether micro-batches are as large as the batch, so that nothing can be told from their difference."""
-        return not isinstance(self.small, Tensor) and self.small <= self.big
+        return not isinstance(self.small, Tensor) and bool(self.small <= self.big)
 
 
 def moments(small: Tensor, big: Tensor, sizes: Sizes) -> Tensor:
@@ -74,13 +75,14 @@ class Average:
 
     def value(self) -> Tensor:
         """The average; NaN before anything counted."""
+        assert self._sums is not None
         return (self._sums[:-1] / self._sums[-1]).view(self._shape)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that the next value depends on."""
         return {"sums": self._sums, "shape": self._shape}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self._sums = None if state["sums"] is None else state["sums"].clone()
         self._shape = tuple(state["shape"])

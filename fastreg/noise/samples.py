@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastreg.attach import buffers_kept
-from fastreg.curvature.linearization import Linearization
+from fastreg.curvature.linearization import Batch, Linearization
 from fastreg.curvature.matrices import ModelOperator, seeded
 from fastreg.curvature.products import Product, fisher_product
 from fastreg.errors import FastregError
@@ -74,7 +75,7 @@ class SecondMoment(ModelOperator):
         found = []
         for inputs, targets in self._visited():
             named = per_sample_grad_norms(self.model, self._loss_of, (inputs, targets), per_parameter=True)
-            found.append(sum(named[name].double() for name in self.parameters))
+            found.append(reduce(torch.add, (named[name].double() for name in self.parameters)))
         return torch.cat(found)
 
     def deviations(self, first: int = 0) -> Iterator[Tensor]:
@@ -117,7 +118,7 @@ class SecondMoment(ModelOperator):
     def _loss_of(self, outputs: object, targets: Tensor) -> Tensor:
         return self.loss_fn(first_tensor(outputs), targets)
 
-    def _visited(self, first: int = 0) -> Iterator[tuple[object, Tensor]]:
+    def _visited(self, first: int = 0) -> Iterator[Batch]:
         """Every batch from ``first`` on, under the random numbers that products run the model with."""
         _refuse_coupled(self.model)
         with seeded(self.seed, self.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, overload
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,13 +28,6 @@ class Delegating(Optimizer):
     both directions. Hooks run once, in the base's step.
     """
 
-    param_groups: ClassVar[property] = _of_base("param_groups")
-    state: ClassVar[property] = _of_base("state")
-    defaults: ClassVar[property] = _of_base("defaults")
-    # Set and deleted by torch.amp.GradScaler around the step of a fused optimizer.
-    grad_scale: ClassVar[property] = _of_base("grad_scale")
-    found_inf: ClassVar[property] = _of_base("found_inf")
-
     def __init__(self, base: Optimizer) -> None:
         if not isinstance(base, Optimizer):
             raise FastregError(
@@ -45,15 +38,23 @@ class Delegating(Optimizer):
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.base = base
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         if name == "base":
             raise AttributeError(name)
         return getattr(self.base, name)
 
+    # By torch's annotation closures return numbers; its optimizers take tensors too.
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """The base's step; with a closure, at the gradients that a subclass makes of it."""
         if closure is None:
-            return self.base.step()
+            self.base.step()
+            return None
         loss = self.backward(closure)
         self.base.step()
         return loss
@@ -66,20 +67,26 @@ class Delegating(Optimizer):
         """As the base's."""
         self.base.zero_grad(set_to_none)
 
-    def add_param_group(self, param_group: dict[str, object]) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's."""
         self.base.add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """The base's."""
         return self.base.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Into the base."""
         self.base.load_state_dict(state_dict)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base!r})"
+
+
+# Set where types do not see it: they stay those of an Optimizer. The last two come and go by torch.amp.GradScaler,
+# around the step of a fused optimizer.
+for _name in ("param_groups", "state", "defaults", "grad_scale", "found_inf"):
+    setattr(Delegating, _name, _of_base(_name))
 
 
 def _check_step(wrapper: str, base: Optimizer) -> None:
@@ -92,7 +99,7 @@ def _check_step(wrapper: str, base: Optimizer) -> None:
             f"{wrapper}: base_optimizer must step without a closure, got {name} (it runs its closure several times a "
             "step: for a penalty give it one that ends in reg(loss).backward(), without a wrapper)"
         )
-    if type(base).step is Delegating.step:
+    if isinstance(base, Delegating) and type(base).step is Delegating.step:
         raise FastregError(
             f"{wrapper}: base_optimizer must not make gradients of its own, got {name} (only one of them would: wrap "
             f"the optimizer inside it, {type(base.base).__name__})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -74,6 +75,22 @@ class Grafted(Delegating):
         self.magnitude = magnitude
         magnitude.attach(self._parameters())
 
+    # As in Delegating.
+    @overload  # type: ignore[override]
+    def step(
+        self, closure: None = None, *, scale: float = 1.0, reduction: str = "mean", counts: Tensor | None = None
+    ) -> None: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[[], Tensor],
+        *,
+        scale: float = 1.0,
+        reduction: str = "mean",
+        counts: Tensor | None = None,
+    ) -> Tensor: ...
+
     def step(
         self,
         closure: Callable[[], Tensor] | None = None,
@@ -101,7 +118,7 @@ class Grafted(Delegating):
         with torch.enable_grad():
             return closure()
 
-    def add_param_group(self, param_group: dict[str, object]) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's; the magnitude is then that of all groups."""
         super().add_param_group(param_group)
         self.magnitude.remove()
@@ -122,5 +139,5 @@ class Grafted(Delegating):
         length = sq_norms(gradients).sum().sqrt()
         torch._foreach_mul_([local(g) for g in gradients], torch.where(length > 0, norm / length, 0))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.base, self.magnitude)

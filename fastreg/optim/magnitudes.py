@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,11 @@ class Magnitude(ABC):
     def remove(self) -> None:
         """Undo :meth:`attach`."""
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next lengths to be the same."""
         return {}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
 
 
@@ -107,7 +108,11 @@ class MicroBatchNorm(Magnitude):
                 "(pass the module that owns them all)"
             )
         self._recorder = Recorder(
-            self.model, self.micro_batch_size, parameters, lambda: self.model.training, phase=Phase.STATISTICS
+            self.model,
+            self.micro_batch_size,
+            cast(Sequence[nn.Parameter], parameters),  # the model's, as was checked
+            lambda: self.model.training,
+            phase=Phase.STATISTICS,
         )
         self._recorder.on_open = self._draw
 
@@ -123,8 +128,10 @@ class MicroBatchNorm(Magnitude):
                 f"{len(self._reached)} (add losses up before backward; is the model in training mode?)"
             )
         self._reached = []
-        session = self._recorder.session
+        assert self._recorder is not None
+        session = self._recorder.last
         squared = session.probe.grad
+        assert squared is not None  # the backward that was counted has left it
         factors = described.factors(session.micro_batches, squared)
         norm = (squared * session.pick(norms_alone=True).take_segments(factors)).sqrt()
         for group in axes(self.model):
@@ -136,17 +143,18 @@ class MicroBatchNorm(Magnitude):
         session.first_order = True
         session.restrict((int(torch.randint(session.micro_batches.count, (), generator=self._generator)),))
         # Not self: the probe would close a cycle.
-        self._reached = reached = []
+        reached: list[None] = []
+        self._reached = reached
         session.probe.register_post_accumulate_grad_hook(lambda _: reached.append(None))
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._generator.set_state(state["generator"])
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.model, self.micro_batch_size), self.state_dict()
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.load_state_dict(state)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fastreg.errors import FastregError
 from fastreg.loss import Reduction
@@ -76,10 +77,10 @@ class LoggedNorm(Magnitude):
         self.steps += 1
         return self._norms[row]
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
 
 
@@ -103,11 +104,11 @@ def _logged(path: Path, metric: str) -> dict[int, float]:
     return found
 
 
-def _rows(lines: list[str]) -> Iterable[dict[str, object]]:
+def _rows(lines: list[str]) -> Iterable[dict[str, Any]]:
     return map(json.loads, lines) if lines[0].startswith("{") else csv.DictReader(lines)
 
 
-def _norm(value: object) -> float:
+def _norm(value: Any) -> float:
     norm = math.nan if value is None else float(value)
     if not 0 <= norm < math.inf:
         raise ValueError(f"a norm of {norm}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastreg.errors import FastregError
 from fastreg.optim.delegating import Delegating
+from fastreg.recording import Args, Kwargs, Operation
 from fastreg.regularizer import Regularizer
 
 
@@ -86,7 +88,7 @@ class Regularized(Delegating):
         Returns:
             What the closure returned, detached.
         """
-        described = {"scale": 1.0 if scale is None else scale, "counts": counts, "reduction": reduction}
+        described: dict[str, Any] = {"scale": 1.0 if scale is None else scale, "counts": counts, "reduction": reduction}
         backwards = _RegularizedBackward(self.reg, described, may_be_scaled=scale is not None)
         hook = self.reg.model.register_forward_hook(backwards.keep_outputs)
         try:
@@ -101,7 +103,7 @@ class Regularized(Delegating):
             )
         return loss.detach()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         raise FastregError(
             "Regularized: must be neither copied nor pickled, got a request for it (its Regularizer is attached to one "
             "model: save state_dict() of the optimizer and of reg, and build both anew)"
@@ -111,18 +113,20 @@ class Regularized(Delegating):
 class _RegularizedBackward(TorchFunctionMode):
     """Puts the regularized loss in the place of every loss that goes backward."""
 
-    def __init__(self, reg: Regularizer, described: dict[str, object], may_be_scaled: bool) -> None:
+    def __init__(self, reg: Regularizer, described: dict[str, Any], may_be_scaled: bool) -> None:
         super().__init__()
         self.reg, self.described, self.may_be_scaled = reg, described, may_be_scaled
         self.outputs: object = None
         self.count = 0
 
-    def keep_outputs(self, model: nn.Module, args: tuple, outputs: object) -> None:
+    def keep_outputs(self, model: nn.Module, args: Args, outputs: object) -> None:
         """Forward hook; forwards that are not recorded (a look at other data) do not count."""
         if model.training and torch.is_grad_enabled():
             self.outputs = outputs
 
-    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_function__(
+        self, func: Operation, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         if func is Tensor.backward:
             args = (self._regularized(args[0]), *args[1:])
         elif func is torch.autograd.backward:

@@ -76,12 +76,12 @@ class SAM(Delegating):
         super().__init__(base_optimizer)
         if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
             raise FastregError(f"SAM: rho must be a number >= 0, got {rho!r}")
-        whole, size = micro_batch_size is None, micro_batch_size
-        if not whole and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        size = sys.maxsize if micro_batch_size is None else micro_batch_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise FastregError(f"SAM: micro_batch_size must be an integer >= 1 or None, got {micro_batch_size!r}")
         self.model, self.rho, self.micro_batch_size, self.adaptive = model, rho, micro_batch_size, adaptive
         parameters = [p for group in base_optimizer.param_groups for p in group["params"]]
-        self._passes = PerturbedStep(model, sys.maxsize if whole else size, parameters, self._factors, adaptive)
+        self._passes = PerturbedStep(model, size, parameters, self._factors, adaptive)
 
     def backward(self, closure: Callable[[], Tensor]) -> Tensor:
         return self._passes(closure)
@@ -95,5 +95,5 @@ class SAM(Delegating):
         norms = squared.sqrt()
         return torch.where(norms > 0, self.rho / norms, torch.zeros_like(norms))
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.base, self.model, self.rho, self.micro_batch_size, self.adaptive)

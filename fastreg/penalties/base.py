@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ class Step:
     def projections(self) -> Tensor:
         """``<u_j, g_k>`` for the session's frame, ``[m, r]``, differentiable."""
         projected = self._first.projected
+        assert projected is not None  # the session has a frame
         return projected * self._described.factors(self.session.micro_batches, projected).sqrt().unsqueeze(1)
 
     @cached_property
@@ -107,23 +108,32 @@ class Penalty(ABC):
 
     Attributes:
         weight: the coefficient, at least 0, or a policy of :mod:`fastreg.weights`.
-        name: the key of its value in ``reg.metrics``, after ``fastreg/``.
         squares_loss: whether the gradients it squares are those of the loss itself.
-        needs_gradient: whether it needs the gradient of the whole batch.
-        centered: whether it is a variance about that gradient.
         kept: names of attributes that hold tensors of the last step.
     """
 
     weight: float | Weight
-    name: str
     squares_loss: ClassVar[bool] = False
-    needs_gradient: bool = False
-    centered: bool = False
     kept: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Weight):
             check_weight(type(self).__name__, self.weight)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The key of its value in ``reg.metrics``, after ``fastreg/``."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs the gradient of the whole batch."""
+        return False
+
+    @property
+    def centered(self) -> bool:
+        """Whether it is a variance about that gradient."""
+        return False
 
     def policy(self, micro_batch_size: int) -> Weight:
         """The weight as a policy.
@@ -171,11 +181,11 @@ class Penalty(ABC):
         """
         raise FastregError(f"reg: {type(self).__name__} must be computed with method='exact', got 'perturb'")
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to continue bit-identically."""
         return {}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
 
 
@@ -191,7 +201,8 @@ def metrics(
 ) -> dict[str, Tensor]:
     """What is reported of a step: every value, their weighted sum, and the weights that are policies."""
     found = {f"fastreg/{penalty.name}": value.detach() for penalty, value in zip(penalties, values)}
-    found["fastreg/penalty"] = sum(own.weight * value.detach() for own, value in zip(coefficients, values))
+    weighted = (own.weight * value.detach() for own, value in zip(coefficients, values))
+    found["fastreg/penalty"] = reduce(torch.add, weighted)
     for penalty, own in zip(penalties, coefficients):
         if isinstance(penalty.weight, Weight):
             found[f"fastreg/{penalty.name}_weight"] = torch.as_tensor(own.weight, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -99,9 +99,10 @@ class FisherTrace(TargetPenalty):
         if self.gradient == "frozen":
             if not again:
                 self._drawn(logits)
-                self._residual = _residual(logits, self.last_labels)
+                self._residual = _residual(logits, self._known)
+            assert self._residual is not None
             return (self._residual * logits).sum()
-        return (_losses(logits, self.last_labels) if again else self._drawn(logits)).sum()
+        return (_losses(logits, self._known) if again else self._drawn(logits)).sum()
 
     def value(self, step: Step) -> Tensor:
         if self.labels == "exact":
@@ -109,6 +110,12 @@ class FisherTrace(TargetPenalty):
         if self.gradient == "true":
             return self._with_score(step)
         return super().value(step)
+
+    @property
+    def _known(self) -> Tensor:
+        """The labels drawn last."""
+        assert self.last_labels is not None
+        return self.last_labels
 
     def _drawn(self, logits: Tensor) -> Tensor:
         """Draw labels; their losses ``[n]``, one per prediction."""
@@ -144,14 +151,14 @@ class FisherTrace(TargetPenalty):
         labels = torch.full((len(logits),), y, device=logits.device)
         return (_residual(logits, labels) * logits if self.gradient == "frozen" else _losses(logits, labels)).sum()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return self._draws.state_dict()
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._draws.load_state_dict(state)
 
 
-def sample_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+def sample_labels(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """One draw from ``softmax(logits)`` along the last dimension: ``[..., C] -> [...]`` int64."""
     probabilities = logits.flatten(0, -2).softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return torch.multinomial(probabilities, 1, generator=generator).view(logits.shape[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,10 +97,10 @@ class Draws:
         generator = torch.Generator().manual_seed((self.seed + self.next() * 0x9E3779B97F4A7C15) % 2**63)
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Of a checkpoint."""
         return {"seed": self.seed, "draws": self.count}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self._seed, self.count = state["seed"], state["draws"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import reduce
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class UnitJacobian(TargetPenalty):
         self._draw(logits, cut)
         totals = (self._along(logits, cut, j) for j in range(self.directions))
         each = predictions(logits, cut)
-        return sum(step.mean(step.sq_norms_of(total, each)) for total in totals) / self.directions
+        return reduce(torch.add, (step.mean(step.sq_norms_of(total, each)) for total in totals)) / self.directions
 
     def surrogate(
         self, loss: Tensor, outputs: Tensor | None, reduction: Reduction, cut: MicroBatches, *, again: bool
@@ -106,10 +107,11 @@ class UnitJacobian(TargetPenalty):
     def _along(self, logits: Tensor, cut: MicroBatches, j: int) -> Tensor:
         """``sum_i u_k(i)j . outputs_i``."""
         sums = cut.reduce(logits.flatten(0, -2), logits.shape[-1:])
+        assert self.last_directions is not None
         return torch.linalg.vecdot(sums, self.last_directions[:, j]).sum()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return self._draws.state_dict()
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._draws.load_state_dict(state)

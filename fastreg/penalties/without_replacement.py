@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -103,19 +103,26 @@ class WithoutReplacement(Penalty):
         hosted(self._count)
         self._ritz = _ritz_pairs(step, self.rank, self._draws) if refreshes else hosted(lambda: self._ritz)
         named = {str(i): p for i, p in enumerate(step.parameters)}
-        parts = unflatten(self._ritz[1].to(step.session.probe.dtype), named).values()
+        parts = unflatten(self._pairs[1].to(step.session.probe.dtype), named).values()
+        assert step.session.frame is not None  # made in open()
         step.session.frame.vectors = {id(p): part for p, part in zip(step.parameters, parts, strict=True)}
+
+    @property
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """The Ritz values and vectors in use."""
+        assert self._ritz is not None
+        return self._ritz
 
     def value(self, step: Step) -> Tensor:
         count = step.session.micro_batches.count if self.steps is None else self.steps
-        excess = 2 * flat_drift_weight(hosted(lambda: current(self.lr)) * count * self._ritz[0]) - 1
+        excess = 2 * flat_drift_weight(hosted(lambda: current(self.lr)) * count * self._pairs[0]) - 1
         centred = step.projections - step.shares @ step.projections
         return step.variance() + step.shares @ centred.square() @ excess.to(centred)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {**self._draws.state_dict(), "calls": self._calls, "ritz": self._ritz}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._draws.load_state_dict(state)
         self._calls, self._ritz = state["calls"], state["ritz"]
 

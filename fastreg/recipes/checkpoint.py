@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,8 +25,8 @@ class Checkpoint:
     """
 
     settings: Settings
-    results: list[dict[str, object]] = field(default_factory=list)
-    current: dict[str, object] | None = None
+    results: list[dict[str, Any]] = field(default_factory=list)
+    current: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write to ``path``; an interruption leaves the previous checkpoint whole.
@@ -76,7 +77,7 @@ def load_checkpoint(path: Path, device: str | None = None) -> Checkpoint:
         ) from error
 
 
-def _parse(contents: dict[str, object], device: str | None) -> Checkpoint:
+def _parse(contents: dict[str, Any], device: str | None) -> Checkpoint:
     if contents["format"] != FORMAT:
         raise ValueError(f"format {contents['format']}, not {FORMAT}")
     values = contents["settings"]

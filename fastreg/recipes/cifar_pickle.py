@@ -103,7 +103,7 @@ def _images(path: Path, array: object, form: PickledImages) -> Tensor:
 
 def _classes(path: Path, labels: object, count: int, form: PickledImages) -> Tensor:
     if not isinstance(labels, list) or len(labels) != count:
-        raise form.refusal(path, f"a dict with a list of {count} numbers under {form.labels}", "otherwise")
+        raise form.refusal(path, f"a dict with a list of {count} numbers under {form.labels!r}", "otherwise")
     if not all(type(label) is int and 0 <= label < form.classes for label in labels):
         raise form.refusal(path, f"a file with labels from 0 to {form.classes - 1}", "other labels")
     return torch.tensor(labels)

@@ -1,6 +1,7 @@
 """All runs of an experiment, one after the other, with checkpoints."""
 
 from pathlib import Path
+from typing import Any
 
 from fastreg.recipes.checkpoint import Checkpoint
 from fastreg.recipes.data import Dataset
@@ -39,7 +40,7 @@ def _finish(run: Run, checkpoint: Checkpoint, path: Path, progress: Progress) ->
 
 def run_experiment(
     checkpoint: Checkpoint, data: Dataset, path: Path, progress: Progress
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Do the runs that ``checkpoint`` does not hold yet.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from fastreg.errors import FastregError
 from fastreg.recipes.methods import DEFAULT_METHODS, PENALISED, Method
@@ -76,13 +77,13 @@ class Settings:
         """Name of the data set."""
         return MODELS[self.model].data
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists, for checkpoints and JSON."""
         methods = [asdict(method) for method in self.methods]
         return {**asdict(self), "methods": methods, "seeds": list(self.seeds)}
 
     @staticmethod
-    def from_dict(values: dict[str, object]) -> Settings:
+    def from_dict(values: dict[str, Any]) -> Settings:
         """The inverse of ``to_dict``."""
         methods = tuple(Method(**method) for method in values["methods"])
         return Settings(**{**values, "methods": methods, "seeds": tuple(values["seeds"])})
@@ -174,5 +175,7 @@ def preset(model: str, name: str, lr: float | None = None, weight: float | None 
             f"train: lr and weight must be given for {name} on {model}, got none (--lr {name}=..., and --weight for a "
             "penalty; the model comes without)"
         )
-    known = known or Method(name, lr, weight or 0.0)
+    if known is None:
+        assert lr is not None
+        return Method(name, lr, weight or 0.0)
     return Method(name, known.lr if lr is None else lr, known.weight if weight is None else weight)

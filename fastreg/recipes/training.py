@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,10 @@ class Run:
                 loss = self.regularizer(loss, outputs, scale=share)
             loss.backward()
         # A grafted length is read off the last backward, whose loss was scaled.
-        self.optimizer.step(**({"scale": share} if isinstance(self.optimizer, Grafted) else {}))
+        if isinstance(self.optimizer, Grafted):
+            self.optimizer.step(scale=share)
+        else:
+            self.optimizer.step()
         return total
 
     @property
@@ -191,7 +195,7 @@ class Run:
         )
         return float(squares.sqrt().mean())
 
-    def result(self) -> dict[str, object]:
+    def result(self) -> dict[str, Any]:
         """Plain numbers: the history, the best epoch by validation, and the final scores."""
         final = {"train_accuracy": evaluate(self.model, self.data, self.data.train).accuracy}
         if self.held_out:
@@ -211,7 +215,7 @@ class Run:
             if rider is not None:
                 rider.remove()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything a bit-identical continuation needs; the order generator is the position."""
         return {
             "method": self.method.name,
@@ -228,7 +232,7 @@ class Run:
             "diverged": self.diverged,
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()`` of a run with the same settings, method and seed."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -5,6 +5,8 @@ relu, tanh and sigmoid keep torch's own: they need no rule, since they hold no p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,13 +24,13 @@ class Gelu(Function):
     """``F.gelu`` with torch's forward and backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, approximate: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
         ctx.approximate = approximate
         ctx.save_for_backward(x)
         return F.gelu(x, approximate=approximate)
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return GeluBackward.apply(d, x, ctx.approximate), None
 
@@ -37,14 +39,14 @@ class GeluBackward(Function):
     """``d gelu'(x)`` with a double backward of one pass."""
 
     @staticmethod
-    def forward(ctx, d: Tensor, x: Tensor, approximate: str) -> Tensor:
+    def forward(ctx: Any, d: Tensor, x: Tensor, approximate: str) -> Tensor:
         ctx.approximate = approximate
         ctx.save_for_backward(d, x)
         return torch.ops.aten.gelu_backward(d, x, approximate=approximate)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None]:
         d, x = ctx.saved_tensors
         return *gelu_double_backward(x, d, v, ctx.approximate == "tanh"), None
 
@@ -53,12 +55,12 @@ class Silu(Function):
     """``F.silu`` with torch's forward and backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return F.silu(x)
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> Tensor:
+    def backward(ctx: Any, d: Tensor) -> Tensor:
         return SiluBackward.apply(d, *ctx.saved_tensors)
 
 
@@ -66,13 +68,13 @@ class SiluBackward(Function):
     """``d silu'(x)``; its double backward uses ``silu''(x) = s (1 - s) (2 + x (1 - 2 s))``, ``s = sigmoid(x)``."""
 
     @staticmethod
-    def forward(ctx, d: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, d: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(d, x)
         return torch.ops.aten.silu_backward(d, x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor]:
         d, x = ctx.saved_tensors
         wide = x.to(accumulator(x.dtype))
         s = wide.sigmoid()

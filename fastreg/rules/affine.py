@@ -85,13 +85,13 @@ class Scale(Bilinear):
             x, d = x.reshape(-1, *places), d.reshape(-1, *places)
             squared, of_bias, _, _ = affine_sqnorm(x, d, cut.offsets(x.shape[0]))
             return squared + of_bias if parts.bias else squared
-        of_weight, of_bias = self._gradients(x, d, weight, cut)
+        of_weight, known = self._gradients(x, d, weight, cut)
         squared = sum_squares(of_weight)
-        return squared + sum_squares(self._bias_gradients(d, bias, of_bias, cut)) if parts.bias else squared
+        return squared + sum_squares(self._bias_gradients(d, bias, known, cut)) if parts.bias else squared
 
     def pull(
         self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not parts.weight:
             return Bilinear.pull(self, x, d, weight, bias, parts, cut)
         of_weight, of_bias = self._gradients(x, d, weight, cut)

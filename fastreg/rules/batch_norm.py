@@ -38,6 +38,7 @@ def batch_norm(
         plain = partial(F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
         if not differentiated(tape, input, weight, bias):
             return plain()
+        assert running_mean is not None and running_var is not None
         standard = partial(standardize, mean=running_mean, var=running_var, eps=eps)
         if tape.session.beside:
             return tap_affine(tape, plain(), input, weight, bias, scale, standard)
@@ -51,7 +52,7 @@ def batch_norm(
     cut = tape.session.micro_batches
     values = _values_per_channel(cut, input)
     xhat, mean, var = normalize_micro_batches(input, cut, eps)
-    if running_mean is not None:
+    if running_mean is not None and running_var is not None:
         unbiased = var * (values / (values - 1)).unsqueeze(1)
         update_running(running_mean, running_var, (mean, unbiased), momentum)
     return affine(tape, xhat, weight, bias, scale)

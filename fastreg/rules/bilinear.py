@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastreg.kernels import segment_dot
 from fastreg.micro_batches import MicroBatches
+
+# A parameter of an operation, or a tensor made from it: None where there is none. ``Parts`` says which of them a method
+# reads, a promise that types cannot hold.
+MaybeTensor: TypeAlias = Any
 
 
 class Parts(NamedTuple):
@@ -46,10 +50,10 @@ class Bilinear(ABC):
     """
 
     @abstractmethod
-    def forward(self, x: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, weight: MaybeTensor, bias: MaybeTensor) -> Tensor:
         """``B(x, w) + b``; with ``bias=None`` the bilinear map alone (the tangent and up-chain product)."""
 
-    def forward_onto(self, onto: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    def forward_onto(self, onto: Tensor | None, x: Tensor, weight: MaybeTensor) -> Tensor:
         """``onto + B(x, w)``; ``onto`` may be overwritten."""
         y = self.forward(x, weight, None)
         return y if onto is None else onto.add_(y)
@@ -59,15 +63,15 @@ class Bilinear(ABC):
         return d
 
     @abstractmethod
-    def transpose(self, d: Tensor, weight: Tensor | None, x: Tensor | None) -> Tensor:
+    def transpose(self, d: Tensor, weight: MaybeTensor, x: Tensor) -> Tensor:
         """``B^T(d, w)``, the gradient with respect to ``x``; of ``x`` only the shape is read."""
 
     @abstractmethod
-    def outer(self, x: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+    def outer(self, x: Tensor, d: Tensor, weight: MaybeTensor) -> Tensor:
         """The gradient with respect to ``w``, summed over all rows; of ``w`` only the shape is read."""
 
     @abstractmethod
-    def dense(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> Tensor:
+    def dense(self, x: Tensor, d: Tensor, weight: MaybeTensor, cut: MicroBatches) -> Tensor:
         """Every ``G_k``: ``[m, *w.shape]``."""
 
     @abstractmethod
@@ -98,27 +102,29 @@ class Bilinear(ABC):
         """The row form of ``G_k`` if the operation has one: it joins several uses without storing ``G_k``."""
         return None
 
-    def bias_view(self, bias: Tensor, y: Tensor) -> tuple[int, ...]:
+    def bias_view(self, bias: MaybeTensor, y: Tensor) -> tuple[int, ...]:
         """The shape in which ``b`` broadcasts against one row ``y[0]``, right-aligned."""
         return tuple(bias.shape)
 
-    def bias_total(self, d: Tensor, bias: Tensor) -> Tensor:
+    def bias_total(self, d: Tensor, bias: MaybeTensor) -> Tensor:
         """The gradient with respect to ``b``, summed over all rows."""
         return d.sum_to_size(self.bias_view(bias, d)).reshape(bias.shape)
 
-    def bias_dense(self, d: Tensor, bias: Tensor, cut: MicroBatches) -> Tensor:
+    def bias_dense(self, d: Tensor, bias: MaybeTensor, cut: MicroBatches) -> Tensor:
         """The gradient with respect to ``b`` of every micro-batch: ``[m, *b.shape]``."""
         return cut.reduce(d, self.bias_view(bias, d)).reshape(cut.count, *bias.shape)
 
-    def bias_pull(self, y: Tensor, bias: Tensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
+    def bias_pull(self, y: Tensor, bias: MaybeTensor, gradients: Tensor, cut: MicroBatches) -> Tensor:
         """``gradients [m, *b.shape]`` broadcast to the rows of ``y``."""
         view = self.bias_view(bias, y)
         aligned = gradients.reshape(cut.count, *(1,) * (y.dim() - len(view)), *view)
         return cut.map(lambda rows, g: g.expand_as(rows), (y,), (aligned,))
 
-    def norms(self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches) -> Tensor:
+    def norms(
+        self, x: Tensor, d: Tensor, weight: MaybeTensor, bias: MaybeTensor, parts: Parts, cut: MicroBatches
+    ) -> Tensor:
         """Squared norms ``[m]`` of the gradients of the ``parts`` asked for."""
-        squared = None
+        squared: MaybeTensor = None
         if parts.weight:
             squared = sum_squares(self.dense(x, d, weight, cut))
         if parts.bias:
@@ -127,10 +133,11 @@ class Bilinear(ABC):
         return squared
 
     def pull(
-        self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, x: Tensor, d: Tensor, weight: MaybeTensor, bias: MaybeTensor, parts: Parts, cut: MicroBatches
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``(||G_k||^2, B(x, G_k) + G_k of b, memo)``; ``memo`` is handed to :meth:`push`."""
-        squared = tangent = gradients = None
+        squared: MaybeTensor = None
+        tangent = gradients = None
         if parts.weight:
             gradients = self.dense(x, d, weight, cut)
             squared = sum_squares(gradients)
@@ -142,32 +149,39 @@ class Bilinear(ABC):
             tangent = spread if tangent is None else tangent.add_(spread)
         return squared, tangent, gradients
 
-    def push(self, x: Tensor, d: Tensor, memo: Tensor, cut: MicroBatches) -> Tensor:
+    def push(self, x: Tensor, d: Tensor, memo: MaybeTensor, cut: MicroBatches) -> Tensor:
         """``B^T(d, G_k)`` shaped as ``x``."""
         return self.dense_push(d, memo, x, cut)
 
     def scaled_pull(
-        self, onto: Tensor | None, x: Tensor, tangent: Tensor, memo: Tensor | None, factors: Tensor, cut: MicroBatches
+        self,
+        onto: Tensor | None,
+        x: Tensor,
+        tangent: MaybeTensor,
+        memo: MaybeTensor,
+        factors: Tensor,
+        cut: MicroBatches,
     ) -> Tensor:
         """``onto + factors_k * tangent`` with what :meth:`pull` returned; ``onto`` may be overwritten."""
         return cut.scaled(tangent, factors, onto)
 
     def scaled_push(
-        self, x: Tensor, d: Tensor, memo: Tensor | None, factors: Tensor, cut: MicroBatches
+        self, x: Tensor, d: Tensor, memo: MaybeTensor, factors: Tensor, cut: MicroBatches
     ) -> Tensor:
         """``factors_k B^T(d, G_k)``."""
         return cut.scale_(self.push(x, d, memo, cut), factors)
 
-    def outer_with_norms(self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
+    def outer_with_norms(self, x: Tensor, d: Tensor, weight: MaybeTensor, cut: MicroBatches) -> tuple[Tensor, Tensor]:
         """The weight gradient and the squared norms ``[m]`` of its micro-batches."""
         gradients = self.dense(x, d, weight, cut)
         return gradients.sum(0), sum_squares(gradients)
 
     def with_norms(
-        self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
+        self, x: Tensor, d: Tensor, weight: MaybeTensor, bias: MaybeTensor, parts: Parts, cut: MicroBatches
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """The gradients of the ``parts`` asked for (None for the others), and their squared norms ``[m]``."""
-        dw = db = squared = None
+        squared: MaybeTensor = None
+        dw = db = None
         if parts.weight:
             dw, squared = self.outer_with_norms(x, d, weight, cut)
         if parts.bias:

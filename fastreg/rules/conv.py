@@ -36,7 +36,7 @@ def conv(
         input, padding = _padded(input, weight, stride, padding, dilation)
     kernel, padding = tuple(weight.shape[2:]), _per_axis(padding, axes)
     if max(kernel) == 1 and max(padding) == 0 and groups == 1:
-        form = Pointwise
+        form: type[Convolution] = Pointwise
     else:
         form = Implicit if Implicit.serves(input, axes, groups) else Convolution
     op = form(kernel, stride, padding, dilation, groups, False, (0,) * axes)
@@ -58,8 +58,8 @@ def conv_transpose(
     """``F.conv_transpose1d``, ``F.conv_transpose2d`` and ``F.conv_transpose3d``."""
     _check_batched(tape, input, weight)
     axes = weight.dim() - 2
-    sizes = (_per_axis(size, axes) for size in (stride, padding, dilation))
-    op = Convolution(tuple(weight.shape[2:]), *sizes, groups, True, _per_axis(output_padding, axes))
+    stride, padding, dilation = _per_axis(stride, axes), _per_axis(padding, axes), _per_axis(dilation, axes)
+    op = Convolution(tuple(weight.shape[2:]), stride, padding, dilation, groups, True, _per_axis(output_padding, axes))
     return tape.bilinear(op, input, weight, bias, autocast=True)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,8 @@ class PixelGrid:
         """``B^T(v_k, G_k)`` shaped as ``u [m, b, C, *big]``, for ``v [m, b, O, *small]``."""
         pairs, out = _gram(self._place(v, self._origin)), u.new_zeros(u.shape)
         for sub in self.sub_images:
-            moved = torch.bmm(self._place(u[(..., *sub.pixels)], sub.places), self._sum_shifted(pairs, sub, back=True))
-            out[(..., *sub.pixels)] = self._take(moved, u.shape[1], sub.places)
+            moved = torch.bmm(self._place(u[_last(sub.pixels)], sub.places), self._sum_shifted(pairs, sub, back=True))
+            out[_last(sub.pixels)] = self._take(moved, u.shape[1], sub.places)
         return out
 
     def sq_norms(self, u: Tensor, v: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class PixelGrid:
     def _patch_gram(self, u: Tensor) -> Tensor:
         """``K [m, N, N]``; what it holds beyond the small image meets zeros."""
         parts = (
-            self._sum_shifted(_gram(self._place(u[(..., *sub.pixels)], sub.places)), sub, back=False)
+            self._sum_shifted(_gram(self._place(u[_last(sub.pixels)], sub.places)), sub, back=False)
             for sub in self.sub_images
         )
         total = next(parts)
@@ -119,12 +120,17 @@ class PixelGrid:
         """``[m, b, C, *S]`` on a grid of zeros: ``[m, C, N]``, in float32 or wider."""
         samples, dtype = image.shape[1], torch.promote_types(image.dtype, torch.float32)
         grid = image.new_zeros(image.shape[0], image.shape[2], samples, *self.extent, dtype=dtype)
-        grid[(..., *places)] = image.transpose(1, 2)
+        grid[_last(places)] = image.transpose(1, 2)
         return grid.flatten(2)
 
     def _take(self, grid: Tensor, samples: int, places: tuple[slice, ...]) -> Tensor:
         """The inverse of :meth:`_place`."""
-        return grid.unflatten(2, (samples, *self.extent))[(..., *places)].transpose(1, 2)
+        return grid.unflatten(2, (samples, *self.extent))[_last(places)].transpose(1, 2)
+
+
+def _last(axes: tuple[slice, ...]) -> tuple[Any, ...]:
+    """The index of the last dimensions."""
+    return (..., *axes)
 
 
 @lru_cache(maxsize=1024)

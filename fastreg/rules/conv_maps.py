@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastreg.micro_batches import MicroBatches, times
-from fastreg.rules.bilinear import Bilinear, Parts, row_dots, sum_squares
+from fastreg.rules.bilinear import Bilinear, MaybeTensor, Parts, row_dots, sum_squares
 from fastreg.rules.conv_gram import PixelGrid, pixel_grid
 from fastreg.rules.conv_layout import apart, beside, scaled_rows
 
@@ -110,10 +110,10 @@ class Convolution(Bilinear):
 
     def pull(
         self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not parts.weight:
             return super().pull(x, d, weight, bias, parts, cut)
-        of_bias = self.bias_dense(d, bias, cut) if parts.bias else None
+        of_bias: MaybeTensor = self.bias_dense(d, bias, cut) if parts.bias else None
         if self._pairs_pixels(x, d, cut):
             grid, gradients = self._grid(x, d), None
             tangent = cut.map(grid.onto_big if self.transposed else grid.onto_small, self._sides(x, d), ())
@@ -167,11 +167,11 @@ class Convolution(Bilinear):
         for a, e, *biases in cut.cuts((x, d), () if of_bias is None else (of_bias,)):
             laid = self.lay(a)
             gradients = self.segment_outer(laid, e, weight)
-            pieces.append((gradients, self.segment_forward(laid, gradients, *(biases or [None]))))
+            pieces.append((gradients, self.segment_forward(laid, gradients, biases[0] if biases else None)))
         if len(pieces) == 1:
             return pieces[0]
-        gradients, tangents = zip(*pieces)
-        return torch.cat(gradients), torch.cat([tangent.flatten(0, 1) for tangent in tangents])
+        tangents = torch.cat([tangent.flatten(0, 1) for _, tangent in pieces])
+        return torch.cat([gradients for gradients, _ in pieces]), tangents
 
     def _stored_with_norms(
         self, x: Tensor, d: Tensor, weight: Tensor, cut: MicroBatches
@@ -218,7 +218,7 @@ class Convolution(Bilinear):
 
     def _gradients(
         self, d: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: list[bool]
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[MaybeTensor, ...]:
         geometry = self.stride, self.padding, self.dilation, self.transposed, self.output_padding
         return torch.ops.aten.convolution_backward(d, x, weight, None, *geometry, groups, wanted)
 

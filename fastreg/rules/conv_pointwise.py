@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from types import EllipsisType
 from typing import ClassVar
 
 import torch
@@ -58,7 +59,7 @@ class Pointwise(Convolution):
         return out
 
     @property
-    def _read(self) -> tuple[slice | type(...), ...]:
+    def _read(self) -> tuple[slice | EllipsisType, ...]:
         return (..., *(slice(None, None, step) for step in self.stride))
 
 

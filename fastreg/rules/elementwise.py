@@ -61,7 +61,7 @@ def div(tape: Tape, input: Operand, other: Operand, *, rounding_mode: str | None
 
 
 @route(Tensor.__rdiv__, Tensor.reciprocal, Tensor.reciprocal_, torch.reciprocal)
-def rdiv(tape: Tape, input: Tensor, other: Operand = 1) -> Tensor:
+def rdiv(tape: Tape, input: Operand, other: Operand = 1) -> Tensor:
     """``x / w``, refused."""
     raise UnsupportedOperation("x / w is not linear in w; make the reciprocal the parameter and multiply by it")
 
@@ -104,6 +104,7 @@ def _spreading(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def rule(tape: Tape, input: Tensor, *sizes: object, **named: object) -> Tensor:
         out, lineage = function(input, *sizes, **named), tape.lineage(input)
+        assert lineage is not None
         if not (_per_sample(out, tape.samples) and (input.dim() < out.dim() or input.shape[0] == 1)):
             return tape.derive(out, lineage, lambda p: function(p, *sizes, **named), isometric=False)
         one = out[:1]
@@ -120,9 +121,9 @@ for _function in _COPIES:
     route(_function)(_spreading(_function))
 
 
-def _shift(tape: Tape, other: Operand, tracked: Tensor) -> Tensor:
-    """``other + tracked``."""
-    tracked, lineage = _tracked(tape, other, tracked)
+def _shift(tape: Tape, other: Operand, parameter: Operand) -> Tensor:
+    """``other + parameter``, the latter tracked."""
+    tracked, lineage = _tracked(tape, other, parameter)
     if _is_constant(tape, other, tracked):
         out = tracked + other
         same = out.shape == tracked.shape
@@ -131,22 +132,24 @@ def _shift(tape: Tape, other: Operand, tracked: Tensor) -> Tensor:
     return tape.bilinear(_BROADCAST, _spread_data(other, tracked), None, tracked)
 
 
-def _scale(tape: Tape, other: Operand, tracked: Tensor) -> Tensor:
-    """``other * tracked``."""
-    tracked, lineage = _tracked(tape, other, tracked)
+def _scale(tape: Tape, other: Operand, parameter: Operand) -> Tensor:
+    """``other * parameter``, the latter tracked."""
+    tracked, lineage = _tracked(tape, other, parameter)
     if _is_constant(tape, other, tracked):
         return tape.derive(tracked * other, lineage, lambda p: p * other, isometric=False)
     return tape.bilinear(_BROADCAST, _spread_data(other, tracked), tracked)
 
 
-def _multiple(tape: Tape, tracked: Tensor, factor: float) -> Tensor:
+def _multiple(tape: Tape, tracked: Operand, factor: float) -> Tensor:
     """``factor * tracked`` for a number."""
+    lineage = tape.lineage(tracked)
+    assert isinstance(tracked, Tensor) and lineage is not None
     if factor == 1:
         return tracked
-    return tape.derive(tracked * factor, tape.lineage(tracked), lambda p: p * factor, isometric=factor == -1)
+    return tape.derive(tracked * factor, lineage, lambda p: p * factor, isometric=factor == -1)
 
 
-def _tracked(tape: Tape, other: Operand, tracked: Tensor) -> tuple[Tensor, Lineage]:
+def _tracked(tape: Tape, other: Operand, tracked: Operand) -> tuple[Tensor, Lineage]:
     """The operand that has a lineage, and the lineage; a parameter without dimensions is given one.
 
     Raises:
@@ -155,9 +158,12 @@ def _tracked(tape: Tape, other: Operand, tracked: Tensor) -> tuple[Tensor, Linea
     if tape.lineage(other) is not None:
         raise UnsupportedOperation("both operands derive from parameters")
     lineage = tape.lineage(tracked)
-    if tracked.dim() == 0:
-        tracked = tape.derive(tracked.reshape(1), lineage, lambda p: p.reshape(1), isometric=True)
-    return tracked, tape.lineage(tracked)
+    assert isinstance(tracked, Tensor) and lineage is not None
+    if tracked.dim():
+        return tracked, lineage
+    one = tracked.reshape(1)
+    tape.derive(one, lineage, lambda p: p.reshape(1), isometric=True)
+    return one, tape.lineages[id(one)][1]
 
 
 def _is_constant(tape: Tape, other: Operand, tracked: Tensor) -> bool:
@@ -196,7 +202,8 @@ def _per_sample(tensor: Tensor, samples: int) -> bool:
     return tensor.dim() > 0 and tensor.shape[0] == samples
 
 
-def _spread_data(data: Tensor, tracked: Tensor) -> Tensor:
-    """Data in the shape and dtype of the result."""
+def _spread_data(data: Operand, tracked: Tensor) -> Tensor:
+    """Data, a tensor, in the shape and dtype of the result."""
+    assert isinstance(data, Tensor)
     shape = torch.broadcast_shapes(data.shape, tracked.shape)
     return data.to(torch.result_type(data, tracked)).expand(shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,13 +74,13 @@ class Root(Function):
     """
 
     @staticmethod
-    def forward(ctx, session: Session, probe: Tensor, frame_probe: Tensor | None) -> Tensor:
+    def forward(ctx: Any, session: Session, probe: Tensor, frame_probe: Tensor | None) -> Tensor:
         ctx.session = session
         ctx.set_materialize_grads(False)
         return probe.view_as(probe)
 
     @staticmethod
-    def backward(ctx, squared: Tensor | None):
+    def backward(ctx: Any, squared: Tensor | None) -> tuple[Tensor | None, ...]:
         by_parameter: dict[int, list[Deposit]] = defaultdict(list)
         for deposit in ctx.session.shared:
             by_parameter[deposit.lineage.key].append(deposit)
@@ -101,9 +102,10 @@ def _joined(session: Session, deposits: list[Deposit]) -> tuple[Tensor, Tensor |
         vectors = session.frame.vectors.get(deposits[0].lineage.key)
         return Join.apply(session, pick, deposits, exact, vectors, *rows)
     factors = [deposit.rows() for deposit in deposits]
-    by_rows = session.phase is not Phase.DIRECTIONS and None not in factors
-    if by_rows and prefers_rows(factors, pick.whole, deposits[0].derived.shape):
-        return RowJoin.apply(session, pick, exact, *(t for use in factors for t in (use.left, use.right))), None
+    known = [one for one in factors if one is not None]
+    by_rows = session.phase is not Phase.DIRECTIONS and len(known) == len(factors)
+    if by_rows and prefers_rows(known, pick.whole, deposits[0].derived.shape):
+        return RowJoin.apply(session, pick, exact, *(t for use in known for t in (use.left, use.right))), None
     return Join.apply(session, pick, deposits, exact, None, *rows)
 
 
@@ -115,7 +117,7 @@ class Join(Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         session: Session,
         pick: Selection,
         deposits: list[Deposit],
@@ -132,6 +134,7 @@ class Join(Function):
             gradients = gradients + deposit.gradients(x, d, pick.kept)
         ctx.deposits = deposits
         if session.phase is Phase.DIRECTIONS:
+            assert session.directions is not None
             squared = session.directions.keep_joined(deposits[0].lineage, gradients)
             return squared.to(session.probe.dtype), None
         if exact:
@@ -143,7 +146,7 @@ class Join(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vsq: Tensor | None, along: Tensor | None):
+    def backward(ctx: Any, vsq: Tensor | None, along: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients, vectors, *rows = ctx.saved_tensors
         pick, needs = ctx.pick, ctx.needs_input_grad[5:]
         factors = None if vsq is None else 2 * pick.take_segments(vsq)

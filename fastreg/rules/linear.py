@@ -71,7 +71,7 @@ class Linear(Bilinear):
         candidates = explain("outer_apply", a, a, e, cut.offsets(a.shape[0]), False, None, None)
         return f"quadratic ({next(c.name for c in candidates if c.chosen)})"
 
-    def rows(self, x: Tensor, d: Tensor) -> Rows:
+    def rows(self, x: Tensor, d: Tensor) -> Rows | None:
         return Rows(rows_of(d), rows_of(x))
 
     def norms(self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches) -> Tensor:
@@ -82,7 +82,7 @@ class Linear(Bilinear):
 
     def pull(
         self, x: Tensor, d: Tensor, weight: Tensor, bias: Tensor, parts: Parts, cut: MicroBatches
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not parts.weight or not _quadratic(x, d, cut):
             return super().pull(x, d, weight, bias, parts, cut)
         a, e = rows_of(x), rows_of(d)

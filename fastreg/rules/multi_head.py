@@ -6,6 +6,8 @@ torch's function takes sequences first, whatever the module's ``batch_first``; t
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,8 @@ def multi_head_attention_forward(
         raise UnsupportedOperation("add_bias_kv, add_zero_attn, static_k and static_v have no rule")
     refuse_parameters(tape, query, key, value, attn_mask, key_padding_mask)
     _check_layout(tape, query, embed_dim_to_check, num_heads)
-    weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight
+    # Those of the form in use are there.
+    weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight
     q, k, v = _project(tape, (query, key, value), weights, in_proj_bias)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     mask, causal = _merged_mask(q, k, attn_mask, key_padding_mask, is_causal)
@@ -88,7 +91,7 @@ def _check_layout(tape: Tape, query: Tensor, width: int, heads: int) -> None:
 def _project(
     tape: Tape,
     inputs: tuple[Tensor, Tensor, Tensor],
-    weights: Tensor | tuple[Tensor, Tensor, Tensor],
+    weights: Tensor | tuple[Tensor, ...],
     bias: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """q, k, v ``[B, L, E]``: one product for self-attention, else one per input with its part of the parameters."""
@@ -106,8 +109,12 @@ def _thirds(tape: Tape, packed: Tensor) -> tuple[Tensor, ...]:
     parts, lineage = packed.chunk(3), tape.lineage(packed)
     if lineage is not None:
         for i, part in enumerate(parts):
-            tape.derive(part, lineage, lambda p, i=i: p.chunk(3)[i], isometric=True)
+            tape.derive(part, lineage, partial(_third, i), isometric=True)
     return parts
+
+
+def _third(i: int, packed: Tensor) -> Tensor:
+    return packed.chunk(3)[i]
 
 
 def _merged_mask(

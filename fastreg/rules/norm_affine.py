@@ -15,6 +15,7 @@ xhat: that spares a write, and leads the double backward's gradient to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,9 @@ class NormAffine(Function):
     """``y = w xhat + b`` whose backward returns squared micro-batch norms as the gradient of the probe."""
 
     @staticmethod
-    def forward(ctx, norm: Norm, use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, norm: Norm, use: Use, x: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor
+    ) -> Tensor:
         ctx.norm, ctx.use = norm, use
         ctx.set_materialize_grads(False)
         shift = None if bias is None else bias.flatten()
@@ -95,7 +98,7 @@ class NormAffine(Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, d: Tensor | None):
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         if d is None:
             return (None,) * 6
         norm, use, (x, weight, bias, mean, rstd) = ctx.norm, ctx.use, ctx.saved_tensors
@@ -110,7 +113,7 @@ class NormAffineBackward(Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         norm: Norm,
         use: Use,
         wanted: Wanted,
@@ -120,7 +123,7 @@ class NormAffineBackward(Function):
         bias: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
-    ):
+    ) -> tuple[Tensor | None, ...]:
         session = use.session
         ctx.set_materialize_grads(False)
         ctx.norm, ctx.norms = norm, wanted.norms
@@ -135,14 +138,16 @@ class NormAffineBackward(Function):
         squared = _squared_norms(use, wanted, of_weight, of_bias, pick)
         if session.phase is Phase.DIRECTIONS and any(wanted.norms):
             squared = _directions(use, wanted.norms, weight, of_weight, bias, of_bias)
-        dx = pick.put(dx.view(x.shape)) if wanted.dx else None
+        put = pick.put(dx.view(x.shape)) if wanted.dx else None
         dw = of_weight.sum(0).view(weight.shape) if wanted.dw else None
-        db = of_bias.sum(0).view(bias.shape) if wanted.db else None
-        return dx, dw, db, squared
+        db = of_bias.sum(0).view(bias.shape) if bias is not None and wanted.db else None
+        return put, dw, db, squared
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None, vsq: Tensor | None):
+    def backward(
+        ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None, vsq: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         d, x, weight, mean, rstd, of_weight, of_bias = ctx.saved_tensors
         norm, norms, pick = ctx.norm, ctx.norms, ctx.pick
         factors = None if vsq is None else 2 * pick.take_segments(vsq)
@@ -153,17 +158,19 @@ class NormAffineBackward(Function):
             _cotangent(of_bias, factors if norms.bias else None, vb),
             ctx.offsets, norm.center,
         )  # fmt: skip
-        grad_d, grad_x = (pick.put(rows.view(x.shape)) for rows in (grad_d, grad_x))
-        return None, None, None, grad_d, grad_x, grad_weight.view(weight.shape), None, None, None
+        of_d, of_x = (pick.put(rows.view(x.shape)) for rows in (grad_d, grad_x))
+        return None, None, None, of_d, of_x, grad_weight.view(weight.shape), None, None, None
 
 
 def _directions(
     use: Use, parts: Parts, weight: Tensor, of_weight: Tensor, bias: Tensor | None, of_bias: Tensor
 ) -> Tensor:
     """Leave the gradients of the parameters that this use makes up alone with the session; their squared norms."""
-    of_weight = of_weight.view(-1, *weight.shape).to(weight.dtype) if parts.weight else None
-    of_bias = of_bias.view(-1, *bias.shape).to(bias.dtype) if parts.bias else None
-    squared = use.session.directions.keep_dense(use, weight, of_weight, bias, of_bias)
+    kept = use.session.directions
+    assert kept is not None
+    scales = of_weight.view(-1, *weight.shape).to(weight.dtype) if parts.weight else None
+    shifts = of_bias.view(-1, *bias.shape).to(bias.dtype) if bias is not None and parts.bias else None
+    squared = kept.keep_dense(use, weight, scales, bias, shifts)
     return squared.to(use.session.probe.dtype)
 
 
@@ -174,7 +181,7 @@ def _squared_norms(use: Use, wanted: Wanted, of_weight: Tensor, of_bias: Tensor,
         (use.weight, wanted.norms.weight, of_weight),
         (use.bias, wanted.norms.bias, of_bias),
     ):
-        if asked:
+        if lineage is not None and asked:
             squared = use.session.for_probe(pick, sum_squares(gradients))
             use.session.add_norms(lineage.key, squared)
             total = squared if total is None else total + squared

@@ -94,11 +94,12 @@ def instance_norm(
         F.instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )
     if not use_input_stats:
+        assert running_mean is not None and running_var is not None
         standard = partial(standardize, mean=running_mean, var=running_var, eps=eps)
         if tape.session.beside:
             return tap_affine(tape, plain(), input, weight, bias, Scale(trailing), standard)
         return affine(tape, standard(input), weight, bias, Scale(trailing))
-    if running_mean is not None and not tape.session.beside:
+    if running_mean is not None and running_var is not None and not tape.session.beside:
         update_running(running_mean, running_var, _instance_statistics(tape, input), momentum)
     norm = Norm(input.shape[1], prod(input.shape[2:]), input.shape[1], eps, center=True, trailing=trailing)
     return _normalized_affine(tape, norm, input, weight, bias, plain)
@@ -127,7 +128,7 @@ def _normalized_affine(
     """The layer, of which ``plain`` is torch's own form."""
     if tape.session.beside:
         return tap_affine(tape, plain(), x, weight, bias, Scale(norm.trailing), norm.normalized)
-    if fits(tape, x, weight, bias):
+    if weight is not None and fits(tape, x, weight, bias):
         return norm_affine_layer(tape, norm, x, weight, bias)
     return affine(tape, norm.normalized(x), weight, bias, Scale(norm.trailing))
 
@@ -137,7 +138,8 @@ def _instance_statistics(tape: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of the instances ``[m, C]``, averaged over the samples of each micro-batch."""
     cut = tape.session.micro_batches
     var, mean = torch.var_mean(x.flatten(2), 2)
-    return tuple(cut.fold(lambda rows: rows.mean(1), statistic) for statistic in (mean, var))
+    average = partial(cut.fold, lambda rows: rows.mean(1))
+    return average(mean), average(var)
 
 
 def _width(x: Tensor, normalized_shape: list[int]) -> int:

@@ -13,6 +13,8 @@ Foret et al. 2021 (arXiv:2010.01412, section 4.1) run one micro-batch after anot
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from fastreg.errors import FastregError
 from fastreg.kernels import index_sqnorm, outer_apply
 from fastreg.micro_batches import MicroBatches, aligned
-from fastreg.rules.bilinear import Parts, Rows, sum_squares
+from fastreg.rules.bilinear import MaybeTensor, Parts, Rows, sum_squares
 from fastreg.rules.use import Lineage, Use
 
 
@@ -30,11 +32,11 @@ class Direction(ABC):
     """The gradients of one operation's parameters in every micro-batch, in the form that its products need."""
 
     @abstractmethod
-    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: MaybeTensor, bias: MaybeTensor) -> Tensor:
         """``B(x_k, w + c_k G_k) + b + c_k H_k``."""
 
     @abstractmethod
-    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: Tensor | None, x: Tensor) -> Tensor:
+    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: MaybeTensor, x: Tensor) -> Tensor:
         """``B^T(d_k, w + c_k G_k)``; of ``x`` only the shape is read."""
 
 
@@ -52,7 +54,7 @@ class DenseDirection(Direction):
         self._weights: Tensor | None = None
         self._factors: Tensor | None = None
 
-    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(self, use: Use, factors: Tensor, x: Tensor, weight: MaybeTensor, bias: MaybeTensor) -> Tensor:
         op, cut = use.op, use.session.micro_batches
         biases = bias
         if bias is not None:
@@ -65,7 +67,7 @@ class DenseDirection(Direction):
             return op.forward(x, weights[0], None if biases is None else biases[0])
         return op.forward_each(x, weights, biases, cut)
 
-    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: Tensor | None, x: Tensor) -> Tensor:
+    def transpose(self, use: Use, factors: Tensor, d: Tensor, weight: MaybeTensor, x: Tensor) -> Tensor:
         cut = use.session.micro_batches
         if self.of_weight is None:
             return use.op.transpose(d, weight, x)
@@ -73,7 +75,8 @@ class DenseDirection(Direction):
         return use.op.transpose(d, weights[0], x) if cut.count == 1 else use.op.dense_push(d, weights, x, cut)
 
     def _perturbed_weights(self, weight: Tensor, factors: Tensor) -> Tensor:
-        if self._factors is not factors:
+        if self._weights is None or self._factors is not factors:
+            assert self.of_weight is not None
             out = self.of_weight if self.used_up and self.of_weight.dtype == weight.dtype else None
             self._weights, self._factors = perturbed(weight, self.of_weight, factors, out), factors
         return self._weights
@@ -122,6 +125,7 @@ def keep_direction(
 ) -> Tensor:
     """Leave the direction of an operation with its session; the squared norms ``[m]`` of the ``parts`` asked for."""
     op, cut, kept = use.op, use.session.micro_batches, use.session.directions
+    assert kept is not None
     whole = parts.weight and parts.bias == (bias is not None) and not kept.adaptive
     rows = op.rows(x, d) if whole else None
     if rows is not None and not rows.left.is_floating_point():
@@ -186,7 +190,9 @@ class Perturbation:
 
     def keep(self, use: Use, parts: Parts, direction: Direction) -> None:
         """The direction of an operation that makes up the gradients of the ``parts`` alone."""
-        self._own[(use.weight if parts.weight else use.bias).key] = direction
+        lineage = use.weight if parts.weight else use.bias
+        assert lineage is not None
+        self._own[lineage.key] = direction
 
     def keep_dense(
         self, use: Use, weight: Tensor | None, of_weight: Tensor | None, bias: Tensor | None, of_bias: Tensor | None
@@ -196,13 +202,15 @@ class Perturbation:
         Returns:
             Their squared norms ``[m]``.
         """
-        squared, moved = [], []
-        for parameter, gradients in ((weight, of_weight), (bias, of_bias)):
-            one, direction = (None, None) if gradients is None else self.measured(gradients, parameter)
-            squared.append(one)
-            moved.append(direction)
-        self.keep(use, Parts(of_weight is not None, of_bias is not None), DenseDirection(*moved, self.used_up))
-        return sum(one for one in squared if one is not None)
+        squared: list[Tensor] = []
+        moved: list[Tensor | None] = [None, None]
+        for place, (parameter, gradients) in enumerate(((weight, of_weight), (bias, of_bias))):
+            if parameter is not None and gradients is not None:
+                one, moved[place] = self.measured(gradients, parameter)
+                squared.append(one)
+        direction = DenseDirection(moved[0], moved[1], self.used_up)
+        self.keep(use, Parts(of_weight is not None, of_bias is not None), direction)
+        return reduce(torch.add, squared)
 
     def keep_joined(self, lineage: Lineage, gradients: Tensor) -> Tensor:
         """Gradients ``[m, *p.shape]`` of a parameter that is used several times; their squared norms ``[m]``."""
@@ -213,11 +221,15 @@ class Perturbation:
         """The direction of an operation; None if nothing that it takes was reached by the loss."""
         present = [lineage for lineage in (use.weight, use.bias) if lineage is not None]
         own = next((self._own[lineage.key] for lineage in present if lineage.key in self._own), None)
-        shares = [self._share(lineage) for lineage in (use.weight, use.bias)]
-        if shares == [None, None]:
+        shares = self._share(use.weight), self._share(use.bias)
+        if shares == (None, None):
             return own
-        known = (None, None) if own is None else (own.of_weight, own.of_bias)
-        return DenseDirection(*(k if share is None else share for share, k in zip(shares, known, strict=True)))
+        if own is None:
+            return DenseDirection(*shares)
+        assert isinstance(own, DenseDirection)  # the other parameter, of which there is but a dense form
+        return DenseDirection(
+            own.of_weight if shares[0] is None else shares[0], own.of_bias if shares[1] is None else shares[1]
+        )
 
     def _share(self, lineage: Lineage | None) -> Tensor | None:
         if lineage is None or lineage.key not in self._joined:
@@ -230,7 +242,7 @@ class Perturbed(Function):
 
     @staticmethod
     def forward(
-        ctx, use: Use, direction: Direction, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+        ctx: Any, use: Use, direction: Direction, factors: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         ctx.use, ctx.direction = use, direction
         ctx.save_for_backward(factors, x, weight, bias)
@@ -238,7 +250,7 @@ class Perturbed(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d: Tensor):
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         use, op, (factors, x, weight, bias) = ctx.use, ctx.use.op, ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[3:]
         # The next forward belongs to another loss. (The probe, which tells this elsewhere, is not in this graph.)

@@ -8,12 +8,15 @@ to ``Enter``. The products of the single steps carry the chain and no parameter 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastreg.errors import FastregError
+from fastreg.rules.bilinear import Rows
 from fastreg.rules.linear import Linear
 from fastreg.rules.routing import RoutedBackward, deposit_shared, takes_norms, wanted_by
 from fastreg.rules.use import Use
@@ -42,7 +45,7 @@ class Leave(Function):
     """The identity on ``states [B, T + 1, H]`` and what else the layer returns."""
 
     @staticmethod
-    def forward(ctx, handover: Handover, states: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, handover: Handover, states: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         ctx.handover = handover
         ctx.set_materialize_grads(False)
         states = states.view_as(states)
@@ -51,7 +54,7 @@ class Leave(Function):
         return states, *(other.view_as(other) for other in others)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (states,) = ctx.saved_tensors
         # A pass that does not reach Enter leaves them there: with their graph they would close a cycle.
         ctx.handover.states = states if torch.is_grad_enabled() else states.detach()
@@ -61,7 +64,7 @@ class Leave(Function):
 class Recurrent(Linear):
     """The recurrent product; its rows are states of all steps, which a step at perturbed weights has no use for."""
 
-    def rows(self, x: Tensor, d: Tensor) -> None:
+    def rows(self, x: Tensor, d: Tensor) -> Rows | None:
         return None
 
 
@@ -73,14 +76,14 @@ class Enter(Function):
 
     @staticmethod
     def forward(
-        ctx, use: Use, handover: Handover, base: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor
+        ctx: Any, use: Use, handover: Handover, base: Tensor, weight: Tensor, bias: Tensor | None, probe: Tensor
     ) -> Tensor:
         ctx.use, ctx.handover = use, handover
         ctx.save_for_backward(weight, bias)
         return base.view_as(base) if bias is None else base + bias
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         use, (weight, bias) = ctx.use, ctx.saved_tensors
         rows = ctx.handover.take()[:, :-1]
         wanted = wanted_by(ctx, use, (False, False, *ctx.needs_input_grad[3:5]))
@@ -93,12 +96,12 @@ class Step(Function):
     """``term + h weight^T`` for ``h [B, H]``. The gradient of ``weight`` is formed by :class:`Enter`."""
 
     @staticmethod
-    def forward(ctx, term: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, term: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return torch.addmm(term, h, weight.t())
 
     @staticmethod
-    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (weight,) = ctx.saved_tensors
         return d, StepBackward.apply(d, weight) if ctx.needs_input_grad[1] else None, None
 
@@ -107,12 +110,12 @@ class StepBackward(Function):
     """``d weight``, differentiable in both."""
 
     @staticmethod
-    def forward(ctx, d: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, d: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(d, weight)
         return d @ weight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
         d, weight = ctx.saved_tensors
         return v @ weight.t(), d.t() @ v if ctx.needs_input_grad[1] else None

@@ -7,7 +7,7 @@ chain, its recurrent product (:mod:`fastreg.rules.recurrence`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,25 +68,27 @@ RNN_RELU = Cell("rnn_relu", True, lambda _, term, state: (term.relu(),))
 
 
 @route(torch.lstm, always=True)
-def lstm(tape: Tape, input: Tensor, hx: Sequence[Tensor], params: Sequence[Tensor], *settings: object) -> tuple:
+def lstm(
+    tape: Tape, input: Tensor, hx: Sequence[Tensor], params: Sequence[Tensor], *settings: Any
+) -> tuple[Any, ...]:
     """``nn.LSTM``, batch first."""
     return _layers(tape, LSTM, input, hx, params, *settings)
 
 
 @route(torch.gru, always=True)
-def gru(tape: Tape, input: Tensor, hx: Tensor, params: Sequence[Tensor], *settings: object) -> tuple:
+def gru(tape: Tape, input: Tensor, hx: Tensor, params: Sequence[Tensor], *settings: Any) -> tuple[Any, ...]:
     """``nn.GRU``, batch first."""
     return _layers(tape, GRU, input, (hx,), params, *settings)
 
 
 @route(torch.rnn_tanh, always=True)
-def rnn_tanh(tape: Tape, input: Tensor, hx: Tensor, params: Sequence[Tensor], *settings: object) -> tuple:
+def rnn_tanh(tape: Tape, input: Tensor, hx: Tensor, params: Sequence[Tensor], *settings: Any) -> tuple[Any, ...]:
     """``nn.RNN`` with tanh, batch first."""
     return _layers(tape, RNN_TANH, input, (hx,), params, *settings)
 
 
 @route(torch.rnn_relu, always=True)
-def rnn_relu(tape: Tape, input: Tensor, hx: Tensor, params: Sequence[Tensor], *settings: object) -> tuple:
+def rnn_relu(tape: Tape, input: Tensor, hx: Tensor, params: Sequence[Tensor], *settings: Any) -> tuple[Any, ...]:
     """``nn.RNN`` with relu, batch first."""
     return _layers(tape, RNN_RELU, input, (hx,), params, *settings)
 
@@ -149,6 +151,7 @@ def _run(
     given = given.flip(1) if reverse else given
     base = given if cell.joined else torch.zeros_like(given)
     use, handover = _use(tape, weights), Handover()
+    product: Callable[[Tensor, Tensor], Tensor]
     if tape.differs(use):
         # At weights of its own in every micro-batch: each step is an operation like any other.
         terms, product = base, lambda term, h: term + tape.enter(use, h, *weights[1::2])
@@ -166,7 +169,7 @@ def _run(
 
 def _use(tape: Tape, weights: Weights) -> Use:
     of_weight, of_bias = tape.lineage(weights.recurrent), tape.lineage(weights.recurrent_bias)
-    tape.session.count_use(of_weight and of_weight.key, of_bias and of_bias.key)
+    tape.session.count_use(*(one.key for one in (of_weight, of_bias) if one is not None))
     return Use(tape.session, RECURRENT, of_weight, of_bias)
 
 

@@ -14,8 +14,9 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from torch import Tensor
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Route:
         second_order: whether the double backward is all that it brings to such calls.
     """
 
-    rule: Callable[..., Tensor]
+    rule: Callable[..., Any]
     always: bool
     second_order: bool
 
@@ -38,7 +39,7 @@ class Route:
         return tracked or (self.always and not (self.second_order and first_order))
 
 
-ROUTES: dict[Callable, Route] = {}
+ROUTES: dict[Callable[..., Any], Route] = {}
 
 # Of modules that define functions, those with the rules for them.
 LATE = {"torch.nn.attention.varlen": "fastreg.rules.packed_attention"}
@@ -51,10 +52,12 @@ def load_late() -> None:
             importlib.import_module(rules)
 
 
-def route(*functions: Callable, always: bool = False, second_order: bool = False) -> Callable[[Callable], Callable]:
+def route(
+    *functions: Callable[..., Any], always: bool = False, second_order: bool = False
+) -> Callable[[Rule], Rule]:
     """Register the decorated rule for each of ``functions``."""
 
-    def register(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register(rule: Rule) -> Rule:
         for function in functions:
             ROUTES[function] = Route(rule, always, second_order)
         return rule

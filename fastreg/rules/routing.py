@@ -13,7 +13,7 @@ exact penalty one batched pass. With ``d`` the gradient of the loss with respect
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastreg.micro_batches import Selection
-from fastreg.rules.bilinear import Bilinear, Parts
+from fastreg.rules.bilinear import Bilinear, MaybeTensor, Parts
 from fastreg.rules.joining import Deposit
 from fastreg.rules.perturbation import keep_direction
 from fastreg.rules.use import Use
@@ -45,14 +45,14 @@ class Routed(Function):
     """``y = op(x, weight, bias)`` whose backward returns squared micro-batch norms as the gradient of the probe."""
 
     @staticmethod
-    def forward(ctx, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor) -> Tensor:
+    def forward(ctx: Any, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, probe: Tensor) -> Tensor:
         ctx.use = use
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias)
         return use.op.forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, d: Tensor | None):
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         if d is None:
             return (None,) * 5
         use, (x, weight, bias) = ctx.use, ctx.saved_tensors
@@ -73,7 +73,7 @@ class Tap(Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         use: Use,
         before: Callable[[Tensor], Tensor] | None,
         y: Tensor,
@@ -89,7 +89,7 @@ class Tap(Function):
         return _SAME(y, y.shape)
 
     @staticmethod
-    def backward(ctx, d: Tensor | None):
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         squared = None
         if d is not None and takes_norms(ctx, ctx.use):
             with torch.no_grad():
@@ -124,21 +124,21 @@ def _norms_beside(
     session = use.session
     if session.per_parameter is None:
         return session.for_probe(pick, use.op.norms(x, d, weight, bias, norms, pick.kept))
-    total = None
+    total: MaybeTensor = None
     for lineage, part in ((use.weight, Parts(norms.weight, False)), (use.bias, Parts(False, norms.bias))):
-        if any(part):
+        if lineage is not None and any(part):
             squared = session.for_probe(pick, use.op.norms(x, d, weight, bias, part, pick.kept))
             session.add_norms(lineage.key, squared)
             total = squared if total is None else total + squared
     return total
 
 
-def takes_norms(ctx, use: Use) -> bool:
+def takes_norms(ctx: Any, use: Use) -> bool:
     """Whether this pass computes squared norms; one that does not end at the probe (input gradients, say) must not."""
     return use.session.phase.takes_norms and torch._C._will_engine_execute_node(ctx.next_functions[-1][0])
 
 
-def wanted_by(ctx, use: Use, needs: tuple[bool, ...]) -> Wanted:
+def wanted_by(ctx: Any, use: Use, needs: tuple[bool, ...]) -> Wanted:
     """What the session's phase asks of one use; ``needs`` is the operation's ``ctx.needs_input_grad``."""
     parameters = use.session.forms_gradients
     norms = Parts(False, False)
@@ -150,7 +150,7 @@ def wanted_by(ctx, use: Use, needs: tuple[bool, ...]) -> Wanted:
 def deposit_shared(use: Use, x: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     """Leave what the root needs for parameters that this use does not make up alone."""
     for lineage, parameter, is_bias in ((use.weight, weight, False), (use.bias, bias, True)):
-        if lineage is not None and not use.alone(lineage):
+        if lineage is not None and parameter is not None and not use.alone(lineage):
             use.session.shared.append(Deposit(use, lineage, parameter.detach(), is_bias, x, d))
 
 
@@ -158,7 +158,9 @@ class RoutedBackward(Function):
     """The backward of :class:`Routed`, differentiable once more by hand."""
 
     @staticmethod
-    def forward(ctx, use: Use, wanted: Wanted, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None):
+    def forward(
+        ctx: Any, use: Use, wanted: Wanted, d: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.use, ctx.wanted, ctx.pick = use, wanted, use.session.pick()
         found, kept = _backward(use, wanted, d, x, weight, bias)
@@ -167,7 +169,9 @@ class RoutedBackward(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None, vsq: Tensor | None):
+    def backward(
+        ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None, vsq: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         d, x, weight, tangent, memo = ctx.saved_tensors
         op, pick = ctx.use.op, ctx.pick
         needs_d, needs_x, needs_w = ctx.needs_input_grad[2:5]
@@ -234,12 +238,12 @@ def _note_each(
         (use.weight, Parts(True, False), norms.weight),
         (use.bias, Parts(False, True), norms.bias),
     ):
-        if asked:
+        if lineage is not None and asked:
             squared = use.op.norms(x, d, weight, bias, part, pick.kept)
             use.session.add_norms(lineage.key, use.session.for_probe(pick, squared))
 
 
-def symbol(parameter: Tensor) -> Tensor:
+def symbol(parameter: MaybeTensor) -> Tensor:
     """Zeros without memory that stand for a gradient, of which only derivatives are asked for."""
     return parameter.new_zeros(()).expand(parameter.shape)
 

@@ -11,6 +11,7 @@ so no ``[m, V, D]`` gradient is stored; an index stands for rows of the identity
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fastreg.kernels._checks import accumulator
 from fastreg.micro_batches import MicroBatches, Selection
-from fastreg.rules.bilinear import Rows
+from fastreg.rules.bilinear import MaybeTensor, Rows
 from fastreg.session import Session
 
 
@@ -34,7 +35,7 @@ class RowJoin(Function):
     """Squared norms ``[m]`` of one parameter from ``left, right`` of each use (flattened in ``factors``)."""
 
     @staticmethod
-    def forward(ctx, session: Session, pick: Selection, exact: bool, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, session: Session, pick: Selection, exact: bool, *factors: Tensor) -> Tensor:
         factors = tuple(pick.take(factor) for factor in factors)
         ctx.pick = pick
         if exact:
@@ -44,7 +45,7 @@ class RowJoin(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vsq: Tensor):
+    def backward(ctx: Any, vsq: Tensor) -> tuple[Tensor | None, ...]:
         pick, factors = ctx.pick, ctx.saved_tensors
         pieces = [_half_gradients(views) for views in pick.kept.cuts(factors, ())]
         weights = 2 * pick.take_segments(vsq)
@@ -57,7 +58,7 @@ class RowJoin(Function):
 
 def _squared_norms(views: tuple[Tensor, ...]) -> Tensor:
     lefts, rights = [_in_range(left) for left in views[::2]], _of_one_dtype(views[1::2])
-    total = None
+    total: MaybeTensor = None
     for u in range(len(lefts)):
         for v in range(u + 1):
             of_right = rights[u] @ rights[v].mT
@@ -68,10 +69,10 @@ def _squared_norms(views: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-def _half_gradients(views: tuple[Tensor, ...]) -> list[Tensor | None]:
+def _half_gradients(views: tuple[Tensor, ...]) -> list[MaybeTensor]:
     """For each use ``(dL_u or None for an index, dR_u)``, in order."""
     lefts, rights = [_in_range(left) for left in views[::2]], _of_one_dtype(views[1::2])
-    grads: list[Tensor | None] = []
+    grads: list[MaybeTensor] = []
     for left, right in zip(lefts, rights):
         to_right = sum(left_gram(left, other, r.dtype).to(r.dtype) @ r for other, r in zip(lefts, rights))
         to_left = None

@@ -12,6 +12,9 @@ Hessian-vector product with another vector in every micro-batch takes. With ``d`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -34,7 +37,7 @@ class Leaves:
         of: leaf ``[m, *p.shape]`` by identity of the parameter.
     """
 
-    def __init__(self, count: int, parameters: list[Tensor], apart: bool) -> None:
+    def __init__(self, count: int, parameters: Sequence[Tensor], apart: bool) -> None:
         self.of = {id(p): p.new_zeros(()).expand(count, *p.shape).requires_grad_() for p in parameters}
         self.apart = apart
 
@@ -46,7 +49,7 @@ class Leaves:
 
     def enter(self, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The operation as a node of the graph."""
-        dtype = x.dtype if x.is_floating_point() else weight.dtype
+        dtype = x.dtype if x.is_floating_point() or weight is None else weight.dtype
         leaves = (self.lifted(lineage) for lineage in (use.weight, use.bias))
         return Spread.apply(use, x, weight, bias, *(None if leaf is None else leaf.to(dtype) for leaf in leaves))
 
@@ -56,7 +59,7 @@ class Spread(Function):
 
     @staticmethod
     def forward(
-        ctx, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, *leaves: Tensor | None
+        ctx: Any, use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None, *leaves: Tensor | None
     ) -> Tensor:
         ctx.use = use
         ctx.set_materialize_grads(False)
@@ -64,7 +67,7 @@ class Spread(Function):
         return use.op.forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, d: Tensor | None):
+    def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, ...]:
         if d is None:
             return (None,) * 6
         return None, *SpreadBackward.apply(ctx.use, ctx.needs_input_grad[1], d, *ctx.saved_tensors)
@@ -75,7 +78,7 @@ class SpreadBackward(Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         use: Use,
         needs_x: bool,
         d: Tensor,
@@ -83,7 +86,7 @@ class SpreadBackward(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         *leaves: Tensor | None,
-    ):
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.use = use
         d = use.op.laid_out(d)
@@ -95,11 +98,13 @@ class SpreadBackward(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, vx: Tensor | None, vw: None, vb: None, weights: Tensor | None, biases: Tensor | None):
+    def backward(
+        ctx: Any, vx: Tensor | None, vw: None, vb: None, weights: Tensor | None, biases: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         use, (d, x, weight, _bias, *leaves) = ctx.use, ctx.saved_tensors
         op, cut = use.op, use.session.micro_batches
         grad_d = grad_x = None
-        of_parameters = (None,) * 4
+        of_parameters: tuple[Tensor | None, ...] = (None,) * 4
         tangent_alone = use.session.phase is Phase.TANGENT
         if vx is not None:
             vx = op.laid_out(vx)
@@ -121,11 +126,12 @@ def _parameter_gradients(
     d: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    leaves: tuple[Tensor | None, Tensor | None],
+    leaves: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of weight, bias and their leaves: of the former or of the latter."""
     op, cut = use.op, use.session.micro_batches
     of_weight, of_bias = leaves[0] is not None, leaves[1] is not None
+    assert use.session.leaves is not None
     if use.session.leaves.apart:
         dense = op.dense(x, d, weight, cut) if of_weight else None
         return None, None, dense, op.bias_dense(d, bias, cut) if of_bias else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,10 +30,11 @@ class Tape:
 
     __slots__ = ("session", "root", "lineages")
 
-    def __init__(self, session: Session, parameters: list[Tensor]) -> None:
+    def __init__(self, session: Session, parameters: Sequence[Tensor]) -> None:
         self.session = session
         self.root = Root.apply(session, session.probe, None if session.frame is None else session.frame.probe)
-        self.lineages = {id(p): (p, Lineage(p)) for p in parameters if p.requires_grad}
+        tracked = (p for p in parameters if p.requires_grad)
+        self.lineages: dict[int, tuple[Tensor, Lineage]] = {id(p): (p, Lineage(p)) for p in tracked}
 
     @property
     def samples(self) -> int:
@@ -86,7 +87,7 @@ class Tape:
         self.session.micro_batches.rows_per_sample(x, "the input of a recorded operation")
         self.session.dtypes.add(x.dtype)
         of_weight, of_bias = self._of_parameter(weight), self._of_parameter(bias)
-        self.session.count_use(of_weight and of_weight.key, of_bias and of_bias.key)
+        self.session.count_use(*(one.key for one in (of_weight, of_bias) if one is not None))
         return Use(self.session, op, of_weight, of_bias)
 
     def note(self, use: Use, rule: str, form: Callable[[], str]) -> None:
@@ -107,12 +108,13 @@ class Tape:
             return self.enter(use, x, weight, bias)
         low = torch.get_autocast_dtype(device)
         self.session.dtypes.add(low)
-        if self.session.beside and (x.is_cuda or weight.dim() == 2):
+        if self.session.beside and (x.is_cuda or (weight is not None and weight.dim() == 2)):
             # Autocast keeps the parameters it casts, and the gradients of all uses of one are added up there: bits
             # are torch's if it is left to it. On the CPU it does not know torch.convolution.
             x = x.to(low)
             return self.tap(use, use.op.forward(x, weight, bias), x, weight, bias)
-        x, weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (x, weight, bias))
+        x = x.to(low) if x.is_floating_point() else x
+        weight, bias = (t.to(low) if t is not None and t.is_floating_point() else t for t in (weight, bias))
         with torch.autocast(device, enabled=False):
             return self.enter(use, x, weight, bias)
 
@@ -129,7 +131,7 @@ class Tape:
             return self.session.leaves.enter(use, x, weight, bias)
         perturbation = self.session.perturbation
         direction = None if perturbation is None else perturbation.of(use)
-        if direction is None:
+        if perturbation is None or direction is None:
             return Routed.apply(use, x, weight, bias, self.root)
         return Perturbed.apply(use, direction, perturbation.factors, x, weight, bias)
 

@@ -47,7 +47,7 @@ class Lineage:
         """The transposed map applied to each of ``gradients [m, *tensor.shape]``: ``[m, *parameter.shape]``."""
         if self.lift is None:
             return gradients
-        _, transposed = torch.func.vjp(self.lift, self.parameter.detach())
+        transposed: Callable[[Tensor], tuple[Tensor]] = torch.func.vjp(self.lift, self.parameter.detach())[1]
         return torch.vmap(lambda g: transposed(g)[0])(gradients)
 
 

@@ -7,6 +7,7 @@ other use, the norm of the result's gradient is the parameter's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ def _basic_index(tensor: Tensor, index: object) -> bool:
     return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
 
 
+
+def _getter(name: str) -> Callable[..., Any]:
+    """Of a property of tensors: what a torch function mode is given."""
+    return getattr(Tensor, name).__get__
+
+
 _REARRANGEMENTS = (
     "t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "view", "reshape", "flatten",
     "unflatten", "unsqueeze", "squeeze", "ravel", "contiguous", "clone", "view_as", "reshape_as", "flip",
@@ -33,9 +40,9 @@ _REARRANGEMENTS = (
 )  # fmt: skip
 _BROADCASTS = ("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "index_select", "gather")
 
-VIEWS: dict[Callable, Callable[..., bool]] = {
-    Tensor.T.__get__: _always,
-    Tensor.mT.__get__: _always,
+VIEWS: dict[Callable[..., Any], Callable[..., bool]] = {
+    _getter("T"): _always,
+    _getter("mT"): _always,
     Tensor.__getitem__: _basic_index,
 }
 for _names, _isometric in ((_REARRANGEMENTS, _always), (_BROADCASTS, _never)):

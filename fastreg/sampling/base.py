@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ class EpochSampler(Sampler[list[int]], ABC):
         # Runs at the first next(), not at iter(): a DataLoader with workers calls iter() twice per epoch.
         if self._begun:
             self._move(self.epoch + 1, 0)
-        self._begun = True
+        self._begun: bool = True
         for batch in self.of_epoch(self.epoch, self._start):
             self._handed += 1
             yield batch
@@ -143,7 +144,8 @@ class EpochSampler(Sampler[list[int]], ABC):
 
     def _move(self, epoch: int, start: int) -> None:
         """Let the next ``iter()`` begin at batch ``start`` of ``epoch``."""
-        self.epoch, self._start, self._handed, self._begun, self._ended = epoch, start, 0, False, False
+        self.epoch, self._start, self._handed = epoch, start, 0
+        self._begun = self._ended = False
 
     @abstractmethod
     def _samples(self, epoch: int) -> np.ndarray:
@@ -178,12 +180,12 @@ class EpochSampler(Sampler[list[int]], ABC):
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(len(epoch), *epoch)))
 
     def _check_integer(self, name: str, value: object, least: int, most: int | None = None, why: str = "") -> None:
-        valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not valid or (most is not None and value > most):
+        highest = math.inf if most is None else most
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= highest:
             expected = f">= {least}" if most is None else f"from {least} to {most}"
             hint = f" ({why})" if why else ""
             raise FastregError(f"{type(self).__name__}: {name} must be an integer {expected}, got {value!r}{hint}")
 
-    def _check_choice(self, name: str, value: object, choices: tuple) -> None:
+    def _check_choice(self, name: str, value: object, choices: tuple[Any, ...]) -> None:
         if value not in choices:
             raise FastregError(f"{type(self).__name__}: {name} must be one of {choices}, got {value!r}")

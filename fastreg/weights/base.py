@@ -86,6 +86,5 @@ def current(rate: Rate) -> float:
 
 def check_weight(what: str, value: object) -> None:
     """Refuse what is no finite number >= 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise FastregError(f"{what}: weight must be a number >= 0, got {value!r}")

@@ -17,7 +17,7 @@ class Scheduled(Weight):
     factor: Callable[[int], float]
 
     @property
-    def lr(self) -> Rate | None:
+    def lr(self) -> Rate | None:  # type: ignore[override]  # the policy's own, which nobody sets here
         """Of the policy that is scheduled."""
         return self.weight.lr
 

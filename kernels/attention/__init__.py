@@ -6,6 +6,8 @@ groups that share a head of keys, T queries, U keys, E features of a head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ DOUBLE_BACKWARD = Op(
 )
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: Any) -> tuple[Tensor, Tensor]:
     r"""``O = (M P) V``, ``P = softmax(S)``, ``S = c Q K^T + mask``, and the log-sum-exp of each row of S.
 
     ``M`` is 1 without dropout; with dropout it is ``1 / (1 - p)`` where an entry is kept and 0 elsewhere. Whether
@@ -81,13 +83,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tupl
         >>> out.shape, (lse - 2).exp().round()
         (torch.Size([1, 1, 2, 4]), tensor([[[1., 2.]]]))
     """
-    pattern = Pattern(*pattern)
-    _check("attention_forward", {"q": q}, {"k": k, "v": v}, None, pattern)
-    return FORWARD(q, k, v, *pattern)
+    seen = Pattern(*pattern)
+    _check("attention_forward", {"q": q}, {"k": k, "v": v}, None, seen)
+    return FORWARD(q, k, v, *seen)
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Gradients of the output of :func:`attention_forward` with respect to Q, K and V.
 
@@ -113,13 +115,13 @@ def attention_backward(
         >>> [tuple(g.shape) for g in attention_backward(x, x, x, torch.full((1, 1, 2), 0.69), x, *Pattern(scale=0.5))]
         [(1, 1, 2, 4), (1, 1, 2, 4), (1, 1, 2, 4)]
     """
-    pattern = Pattern(*pattern)
-    _check("attention_backward", {"q": q, "d": d}, {"k": k, "v": v}, lse, pattern)
-    return BACKWARD(q, k, v, lse, d, *pattern)
+    seen = Pattern(*pattern)
+    _check("attention_backward", {"q": q, "d": d}, {"k": k, "v": v}, lse, seen)
+    return BACKWARD(q, k, v, lse, d, *seen)
 
 
 def attention_double_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Gradients of ``<vQ, dQ> + <vK, dK> + <vV, dV>`` of :func:`attention_backward` with respect to D, Q, K, V.
 
@@ -145,9 +147,9 @@ def attention_double_backward(
         >>> len(attention_double_backward(x, x, x, torch.full((1, 1, 2), 0.69), x, x, x, x, *Pattern(scale=0.5)))
         4
     """
-    pattern = Pattern(*pattern)
-    _check("attention_double_backward", {"q": q, "d": d, "vq": vq}, {"k": k, "v": v, "vk": vk, "vv": vv}, lse, pattern)
-    return DOUBLE_BACKWARD(q, k, v, lse, d, vq, vk, vv, *pattern)
+    seen = Pattern(*pattern)
+    _check("attention_double_backward", {"q": q, "d": d, "vq": vq}, {"k": k, "v": v, "vk": vk, "vv": vv}, lse, seen)
+    return DOUBLE_BACKWARD(q, k, v, lse, d, vq, vk, vv, *seen)
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +18,17 @@ from fastreg.kernels.attention.pattern import Pattern
 _SEED = 0x1234567890ABCDEF
 
 
-def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The cases of the backward in which every query sees a key: comparisons of infinities mean nothing."""
     return [(*args[:3], *args[5:]) for args in examples_backward(dtype, device) if bool(args[3].isfinite().all())]
 
 
-def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The cases of the double backward without its directions."""
     return [(*args[:5], *args[8:]) for args in examples_double(dtype, device)]
 
 
-def examples_double(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_double(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """Every kind of pattern; one query, odd lengths and widths, whole tiles, shared heads, no head."""
     return [_example(dtype, device, shape, pattern) for shape, pattern in _cases(dtype, device)]
 

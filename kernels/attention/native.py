@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ _DOUBLE_BACKWARD = _native.calls("attention_double_backward")
 _ALL = 2**64 - 1
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: Any) -> tuple[Tensor, Tensor]:
     """``q [B, H, T, E], k, v [B, J, U, E]`` -> out [B, H, T, E], lse [B, H, T]."""
     wide, seen = accumulator(q.dtype), Pattern(*pattern)
     if _torch_is_faster(q, k, seen):
@@ -42,24 +43,25 @@ def _torch_is_faster(q: Tensor, k: Tensor, seen: Pattern) -> bool:
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``q, d [B, H, T, E], k, v [B, J, U, E], lse [B, H, T]`` -> gradients of q, k, v."""
     wide = accumulator(q.dtype)
     # Blocks of queries add to what belongs to keys.
-    out = torch.empty(q.shape, dtype=wide), *(torch.zeros(k.shape, dtype=wide) for _ in range(2))
-    _call(_BACKWARD[wide], (q, k, v, d), (lse.contiguous(),), out, Pattern(*pattern))
-    return tuple(t.to(q.dtype) for t in out)
+    dq, dk, dv = torch.empty(q.shape, dtype=wide), *(torch.zeros(k.shape, dtype=wide) for _ in range(2))
+    _call(_BACKWARD[wide], (q, k, v, d), (lse.contiguous(),), (dq, dk, dv), Pattern(*pattern))
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def attention_double_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``q, d, vq [B, H, T, E], k, v, vk, vv [B, J, U, E], lse [B, H, T]`` -> gradients of d, q, k, v."""
     wide = accumulator(q.dtype)
-    out = [torch.empty(q.shape, dtype=wide) for _ in range(2)] + [torch.zeros(k.shape, dtype=wide) for _ in range(2)]
-    _call(_DOUBLE_BACKWARD[wide], (q, k, v, d, vq, vk, vv), (lse.contiguous(),), out, Pattern(*pattern))
-    return tuple(t.to(q.dtype) for t in out)
+    of_d, dq = (torch.empty(q.shape, dtype=wide) for _ in range(2))
+    dk, dv = (torch.zeros(k.shape, dtype=wide) for _ in range(2))
+    _call(_DOUBLE_BACKWARD[wide], (q, k, v, d, vq, vk, vv), (lse.contiguous(),), (of_d, dq, dk, dv), Pattern(*pattern))
+    return of_d.to(q.dtype), dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 def _call(
@@ -94,7 +96,8 @@ def _fields(
     address = [0 if t is None else t.data_ptr() for t in (mask, spans)]
     fields = (
         address[0], mask is not None and mask.dtype == torch.bool, (0,) * 4 if mask is None else mask.stride(),
-        address[1], 0 if seed is None else seed.item() & _ALL, threshold(dropout), factor(dropout), scale, left, right,
+        address[1], 0 if seed is None else int(seed.item()) & _ALL, threshold(dropout), factor(dropout),
+        scale, left, right,
     )  # fmt: skip
     return fields, [mask, spans]
 

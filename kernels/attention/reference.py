@@ -6,6 +6,7 @@ Heads of queries lie side by side with those of keys that they share: ``[B, J, g
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fastreg.kernels._philox import halves, philox
 from fastreg.kernels.attention.pattern import Pattern, factor, threshold
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: Any) -> tuple[Tensor, Tensor]:
     """``q [B, H, T, E], k, v [B, J, U, E]`` -> out [B, H, T, E], lse [B, H, T]."""
     seen, dtype = Pattern(*pattern), q.dtype
     factors = _factors(q, k, seen)
@@ -29,23 +30,23 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tupl
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``q, d [B, H, T, E], k, v [B, J, U, E], lse [B, H, T]`` -> gradients of q, k, v."""
     seen, dtype = Pattern(*pattern), q.dtype
     factors = _factors(q, k, seen)
     q, k, v, lse, d = _grouped(k.shape[1], q, k, v, lse, d)
     p, ds = _softmax_and_gradient(q, k, v, lse, d, factors, seen)
-    grads = (
+    dq, dk, dv = (
         (seen.scale * torch.matmul(ds, k)).flatten(1, 2),
         (seen.scale * torch.matmul(ds.mT, q)).sum(2),
         torch.matmul(_times(p, factors).mT, d).sum(2),
     )
-    return tuple(g.to(dtype) for g in grads)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def attention_double_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``q, d, vq [B, H, T, E], k, v, vk, vv [B, J, U, E], lse [B, H, T]`` -> gradients of d, q, k, v."""
     seen, dtype = Pattern(*pattern), q.dtype
@@ -57,13 +58,13 @@ def attention_double_backward(
     z = p * _times(torch.matmul(d, vv.mT), factors) + ds * tangent
     z = z - p * z.sum(4, keepdim=True)
     dropped = _times(p, factors)
-    grads = (
+    of_d, dq, dk, dv = (
         (torch.matmul(dropped, vv) + torch.matmul(dropped * tangent, v)).flatten(1, 2),
         (seen.scale * (torch.matmul(z, k) + torch.matmul(ds, vk))).flatten(1, 2),
         (seen.scale * (torch.matmul(z.mT, q) + torch.matmul(ds.mT, vq))).sum(2),
         torch.matmul((dropped * tangent).mT, d).sum(2),
     )
-    return tuple(g.to(dtype) for g in grads)
+    return of_d.to(dtype), dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def kept(seed: Tensor, dropout: float, shape: tuple[int, int, int, int]) -> Tensor:
@@ -79,6 +80,7 @@ def _factors(q: Tensor, k: Tensor, seen: Pattern) -> Tensor | None:
     """``M [B, J, g, T, U]``, or None without dropout."""
     if seen.dropout == 0:
         return None
+    assert seen.seed is not None  # with dropout there is one
     keep = kept(seen.seed, seen.dropout, (*q.shape[:3], k.shape[2])).unflatten(1, (k.shape[1], -1))
     return keep.to(accumulator(q.dtype)) * factor(seen.dropout)
 

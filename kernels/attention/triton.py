@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -89,7 +90,7 @@ class _Call:
         return (self.pattern.seed, threshold(p) - 2**31, factor(p)) if p > 0 else (None,) * 3
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tuple[Tensor, Tensor]:
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: Any) -> tuple[Tensor, Tensor]:
     """``q [B, H, T, E], k, v [B, J, U, E] -> out [B, H, T, E], lse [B, H, T]``."""
     q, k, v = _contiguous(q, k, v)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -98,7 +99,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, *pattern: object) -> tupl
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``q, d [B, H, T, E], k, v [B, J, U, E], lse [B, H, T]`` -> gradients of q, k, v."""
     q, k, v, lse, d = _contiguous(q, k, v, lse, d)
@@ -112,7 +113,7 @@ def attention_backward(
 
 
 def attention_double_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: object
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, d: Tensor, vq: Tensor, vk: Tensor, vv: Tensor, *pattern: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``q, d, vq [B, H, T, E], k, v, vk, vv [B, J, U, E], lse [B, H, T]`` -> gradients of d, q, k, v."""
     q, k, v, lse, d, vq, vk, vv = _contiguous(q, k, v, lse, d, vq, vk, vv)

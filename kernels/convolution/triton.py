@@ -168,7 +168,8 @@ def typical(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    outer, apply = [], []
+    outer: list[tuple[object, ...]] = []
+    apply: list[tuple[object, ...]] = []
     # The first layer of a ResNet, its layers at 32 x 32 and at 4 x 4, and one that halves the image.
     for channels, outputs, size, kernel, stride in (
         (3, 64, 64, 7, 2),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,26 +17,26 @@ _SHAPES = ((3, 1), (70, 5), (13, 131), (5, 1025), (2, 4097), (0, 7))
 _SEED, _DRAW = 0x1234567890ABCDEF, torch.tensor(0x500000003)
 
 
-def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """Every shape with given labels, some of them ignored, and with drawn ones."""
     return [
         (z, labels, _SEED, _DRAW) for z, given, _ in _cases(dtype, device) for labels in (given, None)
     ]
 
 
-def examples_gradient(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_gradient(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The forward's examples with a weight for each row."""
     return [
         (z, labels, scale, _SEED, _DRAW) for z, given, scale in _cases(dtype, device) for labels in (given, None)
     ]
 
 
-def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The forward's examples with given labels."""
     return [(z, _lse(z), labels, scale) for z, labels, scale in _cases(dtype, device)]
 
 
-def examples_double(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_double(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The backward's examples with a direction."""
     draw = normal(dtype, device)
     return [(*args, draw(*args[0].shape)) for args in examples_backward(dtype, device)]

@@ -53,9 +53,9 @@ def cross_entropy_gradient_(
     z: Tensor, labels: Tensor | None, scale: Tensor, seed: int, draw: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`cross_entropy_gradient`, with dz written over z."""
-    *results, dz = cross_entropy_gradient(z, labels, scale, seed, draw)
+    loss, lse, drawn, dz = cross_entropy_gradient(z, labels, scale, seed, draw)
     z.copy_(dz)
-    return tuple(results)
+    return loss, lse, drawn
 
 
 def uniforms(rows: int, seed: int, draw: Tensor, device: torch.device) -> Tensor:

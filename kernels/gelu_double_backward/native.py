@@ -13,6 +13,7 @@ def gelu_double_backward(x: Tensor, d: Tensor, v: Tensor, approximate: bool) -> 
     """``x, d, v`` of one shape to ``grad_d, grad_x`` of that shape."""
     x, d, v = x.contiguous(), d.contiguous(), v.contiguous()
     grad_d, grad_x = torch.empty_like(x), torch.empty_like(x)
+    assert _native.MODULE is not None  # why_not came first
     _native.MODULE.gelu_double_backward_f32(
         x.data_ptr(), d.data_ptr(), v.data_ptr(), grad_d.data_ptr(), grad_x.data_ptr(),
         x.numel(), approximate, torch.get_num_threads(),

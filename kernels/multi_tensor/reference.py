@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +18,18 @@ def apply(rule: str, lists: Lists, coefficients: Tensor | None, constants: tuple
     return RULES[rule](lists, coefficients, constants)
 
 
-def sqnorm(lists: Lists, _coefficients: None, _constants: tuple[()]) -> Tensor:
+def sqnorm(lists: Lists, _coefficients: None, _constants: tuple[float, ...]) -> Tensor:
     """``sum x^2`` per tensor."""
     (xs,) = lists
     return torch.stack([_wide(x).square().sum() for x in xs])
 
 
-def dot(lists: Lists, _coefficients: None, _constants: tuple[()]) -> Tensor:
+def dot(lists: Lists, _coefficients: None, _constants: tuple[float, ...]) -> Tensor:
     """``sum x y`` per tensor."""
     return torch.stack([(_wide(x) * _wide(y)).sum() for x, y in zip(*lists, strict=True)])
 
 
-def axpy(lists: Lists, coefficients: Tensor, _constants: tuple[()]) -> Tensor:
+def axpy(lists: Lists, coefficients: Tensor, _constants: tuple[float, ...]) -> Tensor:
     """``p += c d``."""
     ps, ds = lists
     torch._foreach_add_(ps, torch._foreach_mul(ds, [c.to(d.dtype) for c, d in zip(coefficients.unbind(), ds)]))
@@ -68,7 +69,7 @@ def adamw(lists: Lists, _coefficients: None, constants: tuple[float, ...]) -> Te
 
 
 def _decayed(ps: list[Tensor], grads: list[Tensor], weight_decay: float, sign: float) -> list[Tensor]:
-    directions = torch._foreach_mul(grads, sign)
+    directions = list(torch._foreach_mul(grads, sign))
     torch._foreach_add_(directions, ps, alpha=weight_decay)
     return directions
 
@@ -77,6 +78,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(accumulator(x.dtype))
 
 
-RULES: dict[str, Callable[[Lists, Tensor | None, tuple[float, ...]], Tensor]] = {
+RULES: dict[str, Callable[[Lists, Any, tuple[float, ...]], Tensor]] = {
     "sqnorm": sqnorm, "dot": dot, "axpy": axpy, "sgd": sgd, "sgd_momentum": sgd_momentum, "adamw": adamw,
 }  # fmt: skip

@@ -7,6 +7,7 @@ channels in G groups, P places; the ``C / G * P`` numbers of one group of one sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _SHAPES = ((3, 1, 1), (19, 1, 1), (12, 9, 3), (4, 33, 4))
 _EPS = 1e-5
 
 
-def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """Every shape with and without a bias, centred and not; no samples."""
     draw = normal(dtype, device)
     return [
@@ -34,7 +35,7 @@ def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]
     ]
 
 
-def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """Every segmentation of every shape, centred and not."""
     draw = normal(dtype, device)
     return [
@@ -45,7 +46,7 @@ def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[object, ...
     ]
 
 
-def examples_double(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_double(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The backward's examples with a gradient for each of its results."""
     draw, wide = normal(dtype, device), normal(accumulator(dtype), device)
     return [

@@ -7,6 +7,7 @@ gradient of it, and where xhat takes the place of x no mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def norm_affine_backward(
     dx, groups, sizes = torch.empty_like(inputs[0]), rstd.shape[1], _sizes(x, rstd.shape[1])
     tile = BACKWARD.tile(found.longest, *sizes)
     if tile.holds(*sizes):
+        assert BACKWARD.resident is not None
         parts = tile.parts(found, groups, BACKWARD.resident * multiprocessors(x.device))
         sums = _sums(weight, 2, found.count, parts)
         launch(
@@ -89,6 +91,7 @@ def norm_affine_double_backward(
     config = DOUBLE_BACKWARD_SINGLE if x.dtype == torch.float32 else DOUBLE_BACKWARD
     tile = config.tile(found.longest, *sizes)
     if tile.holds(*sizes):
+        assert config.resident is not None
         parts = tile.parts(found, groups, config.resident * multiprocessors(x.device))
         grad_weight = _sums(weight, found.count * parts)
         launch(
@@ -117,7 +120,9 @@ def typical(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    forward, backward, double = [], [], []
+    forward: list[tuple[object, ...]] = []
+    backward: list[tuple[object, ...]] = []
+    double: list[tuple[object, ...]] = []
     # Layer norm of GPT-2 small; layer and RMS norm of large models; RMS norm of attention heads; group norm of small
     # and of large images; a layer norm of more features than a program holds.
     for samples, channels, places, groups, center in (
@@ -139,7 +144,7 @@ def typical(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     return {"norm_affine": forward, "norm_affine_backward": backward, "norm_affine_double_backward": double}
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -159,6 +164,6 @@ def _segment_of_sample(found: Segments, x: Tensor) -> Tensor:
     return torch.bucketize(samples, found.on(x.device), right=True) - 1
 
 
-def _sums(weight: Tensor | None, *runs: int) -> Tensor | None:
+def _sums(weight: Tensor | None, *runs: int) -> Any:
     """Room for sums ``[*runs, C]``, if there is a weight that they belong to."""
     return None if weight is None else weight.new_empty(*runs, weight.shape[0], dtype=torch.float32)

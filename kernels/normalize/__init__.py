@@ -5,6 +5,8 @@ Three ops share this folder: they are one function and its derivatives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,23 +19,23 @@ from fastreg.kernels.normalize import native, reference
 _SHAPES = ((1, 1), (5, 7), (3, 64), (13, 131), (0, 5))
 
 
-def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_forward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """One column, odd, a whole register and an empty batch, centred and not."""
     draw = normal(dtype, device)
     return [(3 * draw(*shape) + 1, 1e-5, center) for shape in _SHAPES for center in (True, False)]
 
 
-def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_backward(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The forward's examples with one gradient."""
     return [(xhat, rstd, g, center) for xhat, rstd, g, _, center in _differentiated(dtype, device)]
 
 
-def examples_double(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def examples_double(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     """The forward's examples with a gradient and a direction."""
     return _differentiated(dtype, device)
 
 
-def _differentiated(dtype: torch.dtype, device: str) -> list[tuple[object, ...]]:
+def _differentiated(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
     draw = normal(dtype, device)
     return [
         (*reference.normalize(x, eps, center), draw(*x.shape), draw(*x.shape), center)

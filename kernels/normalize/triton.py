@@ -34,7 +34,9 @@ def normalize_double_backward(
 
 def typical(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:
     """Calls of transformers, and of a group norm over an image; no memory behind them."""
-    forward, backward, double = [], [], []
+    forward: list[tuple[object, ...]] = []
+    backward: list[tuple[object, ...]] = []
+    double: list[tuple[object, ...]] = []
     for rows, width in ((8192, 768), (4096, 4096), (65536, 64), (2048, 8 * 112 * 112)):
         x = torch.empty(rows, width, dtype=dtype, device="meta")
         rstd = torch.empty(rows, dtype=torch.float32, device="meta")

@@ -68,6 +68,6 @@ def outer_apply(
     """``q [S, I], k [S, I], v [S, O], factors [m], onto [S, O] -> out [S, O]``."""
     dtype = accumulator(q.dtype)
     found = of(offsets)
-    parts = zip(*(found.split(x.to(dtype)) for x in (q, k, v)), strict=True)
-    out = found.per_row([equal_segments(*part, bias) for part in parts])
+    qs, ks, vs = (found.split(x.to(dtype)) for x in (q, k, v))
+    out = found.per_row([equal_segments(*part, bias) for part in zip(qs, ks, vs, strict=True)])
     return added(out, found, factors, onto).to(v.dtype)

@@ -15,7 +15,7 @@ from fastreg.kernels._segments import of
 DENSE_ELEMENTS = 1 << 22
 
 
-def prefers_quadratic(size: int, inputs: int, outputs: int) -> bool:
+def prefers_quadratic(size: float, inputs: int, outputs: int) -> bool:
     """Whether pairs of rows cost less than gradients: 2 s (I + O) against 2 I O per row."""
     return size * (inputs + outputs) < inputs * outputs
 

@@ -156,8 +156,8 @@ def block_table(offsets: tuple[int, ...], size: int) -> tuple[list[tuple[int, ..
 @lru_cache(maxsize=512)
 def _blocks(offsets: tuple[int, ...], size: int, device: torch.device) -> Blocks:
     table, bounds = block_table(offsets, size)
-    on_device = (torch.tensor(x, dtype=torch.int64, device=device) for x in (table, bounds))
-    return Blocks(*on_device, of(offsets).segment_of_row(device), bounds[-1])
+    runs, ends = (torch.tensor(x, dtype=torch.int64, device=device) for x in (table, bounds))
+    return Blocks(runs, ends, of(offsets).segment_of_row(device), bounds[-1])
 
 
 def outer_rows(a: Tensor, d: Tensor, found: Segments, bias: bool) -> Tensor:

@@ -28,7 +28,9 @@ def outer_sum(a: Tensor, d: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Ten
     pair = pair_config(a, found)
     if prefers_pairs(found, a.shape[1], d.shape[1], pair):
         return torch.mm(d.mT, a), outer_pairs(a, d, found, False, pair)
-    return outer_tiles(a, d, found, fitting(a, d, WIDE, NARROW, SINGLE), summed=True)
+    total, squared = outer_tiles(a, d, found, fitting(a, d, WIDE, NARROW, SINGLE), summed=True)
+    assert total is not None
+    return total, squared
 
 
 def typical(dtype: torch.dtype) -> dict[str, list[tuple[object, ...]]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastreg.errors import FastregError
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 
 def matrix(function: str, name: str, value: ArrayLike, *, definite: bool = True, size: int | None = None) -> Array:
@@ -46,16 +48,16 @@ def learning_rate(function: str, value: ArrayLike, size: int) -> Array:
 def number(function: str, name: str, value: object, *, above: float | None = None, least: float | None = None) -> float:
     """``value`` as a finite float above or at least a bound, or FastregError."""
     low, sign = (least, ">=") if above is None else (above, ">")
-    numeric = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value)
-    if not numeric or (low is not None and (value < low or value == above)):
+    found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(found) or (low is not None and (found < low or found == above)):
         bound = "" if low is None else f" {sign} {low:g}"
         raise FastregError(f"{function}: {name} must be a finite number{bound}, got {value!r}")
-    return float(value)
+    return found
 
 
 def sgd(function: str, batch_size: object, momentum: object) -> None:
     """Raise FastregError unless ``batch_size`` is an integer >= 1 and ``momentum`` in [0, 1)."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or int(batch_size) < 1:
         raise FastregError(f"{function}: batch_size must be an integer >= 1, got {batch_size!r}")
-    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= momentum < 1:
+    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= float(momentum) < 1:
         raise FastregError(f"{function}: momentum must be in [0, 1), got {momentum!r}")

@@ -54,6 +54,6 @@ def with_input_noise(
     u = arguments.vector("with_input_noise", "u", u, len(A))
     variance = arguments.number("with_input_noise", "noise_variance", noise_variance, least=0.0)
     missing = np.linalg.solve(A + B, B @ u)  # u - centre
-    around = stationary(A + B, lr, batch_size, variance + max(0.0, u @ A @ missing), momentum)
+    around = stationary(A + B, lr, batch_size, variance + max(0.0, float(u @ A @ missing)), momentum)
     test_loss = float(np.vdot(A, around.covariance) + missing @ A @ missing) / 2
     return Shifted(around.covariance, around.noise, test_loss, u - missing)

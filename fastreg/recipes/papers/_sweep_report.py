@@ -28,9 +28,10 @@ def mean_and_error(values: list[float | None]) -> tuple[float, float]:
         >>> mean_and_error([1.0, 3.0])
         (2.0, 1.0)
     """
-    if None in values:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return math.nan, math.nan
-    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return mean(known), stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
 
 
 def gain(row: Row, baseline: Row, name: str) -> tuple[float, float]:

@@ -34,7 +34,7 @@ from fastreg.recipes.data import Dataset, Split
 from fastreg.recipes.datasets import FROM_FILES, SHIPPED, load_dataset
 from fastreg.recipes.papers._sweep_report import draw, table
 from fastreg.recipes.progress import Progress
-from fastreg.recipes.training import Score, evaluate
+from fastreg.recipes.scoring import Score, evaluate
 
 
 def _powers_of_two(first: int, last: int) -> tuple[float, ...]:
@@ -174,7 +174,9 @@ def run(config: Config, progress: Progress) -> dict[str, Any]:
             raise FastregError(f"lr-sweep: {name} must be at least 1, got {getattr(config, name)}")
     data = load_dataset(config.data, Path(config.data_dir) if config.data_dir else None).to(config.device)
     measured = "accuracy", "loss", "train_loss"
-    rows = [{"lr": lr, "penalty": penalty, **{name: [] for name in measured}} for lr, penalty in settings(config)]
+    rows: list[dict[str, Any]] = [
+        {"lr": lr, "penalty": penalty, **{name: [] for name in measured}} for lr, penalty in settings(config)
+    ]
     for row, seed in product(rows, range(config.first_seed, config.first_seed + config.seeds)):
         for name, value in train(config, data, row["lr"], row["penalty"], seed, progress).items():
             row[name].append(value)

@@ -121,7 +121,7 @@ def _verdict(small: dict[str, Any], large: dict[str, Any], swept: list[dict[str,
 def draw(figure: Figure, result: dict[str, Any]) -> None:
     """Accuracy against b, with the levels of small and large batches."""
     axes = figure.subplots()
-    *plain, swept = *result["rows"][:2], result["rows"][2:]
+    plain, swept = result["rows"][:2], result["rows"][2:]
     found = [mean_and_error(row["accuracy"]) for row in swept]
     sizes = [row["micro_batch_size"] for row in swept]
     means, errors = ([100 * pair[place] for pair in found] for place in (0, 1))

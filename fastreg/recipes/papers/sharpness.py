@@ -130,8 +130,9 @@ def train(data: Batch, config: Config, scheme: str, progress: Progress) -> list[
     for step in descend(model, half_squared, data, order, config.lr):
         if step in measured:
             point = measure(hessian, data, size, config.lr, step, generator, config.drawn)
-            few = None if size is None else drawn(data, config.tops * size, generator)
-            top = point.sharpness if few is None else mean_top(model, few, size, generator)
+            top = point.sharpness
+            if size is not None:
+                top = mean_top(model, drawn(data, config.tops * size, generator), size, generator)
             found.append({**asdict(point), "batch_top": top})
             progress.advance(f"{scheme}, step {step}")
     return found

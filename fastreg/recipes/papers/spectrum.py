@@ -100,7 +100,8 @@ def run(config: Config, progress: Progress) -> dict[str, Any]:
         FastregError: the network is too large for an exact Hessian, or a size too small.
     """
     _check(config)
-    data, runs = digits(), {scheme: [] for scheme in SAMPLERS}
+    data = digits()
+    runs: dict[str, list[dict[str, Any]]] = {scheme: [] for scheme in SAMPLERS}
     for seed in range(config.seeds):
         for scheme, found in runs.items():
             found.append(train(data.train, data.validation, config, scheme, seed))
