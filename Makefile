@@ -6,7 +6,7 @@
 #   VENV=               no environment: use PYTHON's own packages as they are, for instance a torch
 #                       built for this GPU; only fastreg itself is built and installed there
 #   WORKERS=2           processes that share the tests, a file and a thread each at a time
-#   ARGS="..."          passed on to `fastreg train`, `fastreg bench`, pytest, ruff, mypy or sphinx
+#   ARGS="..."          passed on to `fastreg train`, `fastreg bench`, pytest, ruff, mypy, sphinx or bench/suite.py
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,7 @@ ifeq ($(strip $(VENV)),)
 BIN_PYTHON := $(PYTHON)
 READY := build/.ready
 TEST_READY := build/.test-ready
+PEERS_READY := build/.peers-ready
 DOCS_READY := build/.docs-ready
 LINT_READY := build/.lint-ready
 TYPES_READY := build/.types-ready
@@ -24,6 +25,7 @@ else
 BIN_PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
+PEERS_READY := $(VENV)/.peers-ready
 DOCS_READY := $(VENV)/.docs-ready
 LINT_READY := $(VENV)/.lint-ready
 TYPES_READY := $(VENV)/.types-ready
@@ -32,7 +34,7 @@ endif
 PIP := $(BIN_PYTHON) -m pip --disable-pip-version-check
 INPUTS := constraints.txt setup.py pyproject.toml fastreg/_version.py $(wildcard csrc/*)
 
-.PHONY: help demo test lint types bench docs build env clean
+.PHONY: help demo test lint types bench suite docs build env clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +43,7 @@ help:
 	@echo "make lint    check the sources with ruff (rules in pyproject.toml)"
 	@echo "make types   check the types of the package with mypy (strict; settings in pyproject.toml)"
 	@echo "make bench   time a training step against its peers"
+	@echo "make suite   the whole benchmark, half an hour; ARGS=--quick: minutes"
 	@echo "make docs    build the documentation into docs/_build/html; warnings are errors"
 	@echo "make build   create the environment and build fastreg in place"
 	@echo "make env     show what is installed, what is missing and why"
@@ -50,7 +53,7 @@ help:
 demo: $(READY)
 	$(BIN_PYTHON) -m fastreg train $(ARGS)
 
-test: $(TEST_READY)
+test: $(TEST_READY) $(PEERS_READY)
 	OMP_NUM_THREADS=1 $(BIN_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # ruff alone: it needs neither torch nor a build.
@@ -63,8 +66,11 @@ types: $(TYPES_READY)
 	@ln -sfn ../../../kernels build/types/fastreg/kernels
 	$(BIN_PYTHON) -m mypy $(ARGS)
 
-bench: $(READY)
+bench: $(READY) $(PEERS_READY)
 	$(BIN_PYTHON) -m fastreg bench $(ARGS)
+
+suite: $(READY) $(PEERS_READY)
+	$(BIN_PYTHON) bench/suite.py $(ARGS)
 
 docs: $(DOCS_READY)
 	$(BIN_PYTHON) -m sphinx -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
@@ -84,6 +90,10 @@ $(READY): $(INPUTS)
 
 $(TEST_READY): $(READY)
 	$(BIN_PYTHON) -c "import hypothesis, pytest, pytest_benchmark, xdist"
+	@touch $@
+
+# Of the packages that are compared with, those that are there are measured; the others are skipped by name.
+$(PEERS_READY): $(READY)
 	@touch $@
 
 $(DOCS_READY): $(READY)
@@ -110,6 +120,10 @@ $(TEST_READY): $(READY)
 	$(PIP) install --quiet --constraint constraints.txt 'fastreg[test]'
 	@touch $@
 
+$(PEERS_READY): $(READY) bench/peers.txt
+	$(PIP) install --quiet --no-deps --requirement bench/peers.txt
+	@touch $@
+
 $(DOCS_READY): $(READY)
 	$(PIP) install --quiet --constraint constraints.txt 'fastreg[docs]'
 	@touch $@
@@ -128,4 +142,4 @@ endif
 
 clean:
 	rm -rf build dist *.egg-info docs/_build fastreg/*.so fastreg/_build_info.json .ruff_cache
-	rm -f $(READY) $(TEST_READY) $(DOCS_READY) $(LINT_READY) $(TYPES_READY)
+	rm -f $(READY) $(TEST_READY) $(PEERS_READY) $(DOCS_READY) $(LINT_READY) $(TYPES_READY)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastreg.benchmark import curvature
+from fastreg.benchmark.packages import curvlinops
 from fastreg.benchmark.presets import PRESETS, Problem, mean_cross_entropy
 from fastreg.curvature import Hessian, spectral_density, top_eigenvalues, trace
 
@@ -59,7 +60,7 @@ def ours(problem: Problem, args: argparse.Namespace) -> dict[str, Estimate]:
 def theirs(problem: Problem, args: argparse.Namespace) -> dict[str, Estimate]:
     """By curvlinops; the eigenvalue by scipy on its operator."""
     torch.manual_seed(args.seed + 1)
-    hessian = curvature.curvlinops_hessian(problem)
+    hessian = curvlinops.hessian(problem)
     start = torch.randn(hessian.shape[0], dtype=hessian.dtype).numpy()
     (largest,) = eigsh(hessian.to_scipy(), k=1, which="LA", tol=args.tol, v0=start, return_eigenvectors=False)
     traces = torch.stack([hutchinson_trace(hessian, 1) for _ in range(args.samples)])
@@ -79,7 +80,7 @@ def _moments(nodes: Tensor, weights: Tensor) -> dict[str, Estimate]:
 
 def product_error(problem: Problem, peer: Problem) -> float:
     """Relative difference of the products with the same vector."""
-    steps = curvature.hvp(problem), curvature.curvlinops(peer)
+    steps = curvature.hvp(problem), curvlinops.product(peer)
     for step in steps:
         step.run()
     first, second = (step.product().double() for step in steps)

@@ -75,18 +75,10 @@ stage_kernels() {
     "$PYTHON" bench/gpu_lists.py "$RESULTS"
 }
 
-# The transformer and the conv net at a GPU's sizes, in the dtype one trains in and in float32.
+# The suite at a GPU's sizes: in the dtype one trains in what one trains with, in float32 the rest.
 stage_steps() {
-    local dtype model suite
-    for model in gpt2 resnet18; do
-        for dtype in bfloat16 float32; do
-            steps "steps-$model-$dtype" --model "$model" --dtype "$dtype" --m 8 32 --methods plain_norms exact fisher \
-                exact_compiled fisher_compiled sequential functorch plain_compiled functorch_compiled
-        done
-        for suite in regularizers monitor sam curvature; do
-            steps "$suite-$model" --model "$model" --dtype float32 --m 16 --suite "$suite"
-        done
-    done
+    steps steps-bfloat16 bench/suite.py --dtype bfloat16 --parts norms penalty fisher monitor sam
+    steps steps-float32 bench/suite.py --parts penalty regularizers hvp scaling
 }
 
 # What a large model chooses from, at sizes that are trained with. The largest is timed with fewer methods: each has a
@@ -94,21 +86,22 @@ stage_steps() {
 stage_scale() {
     local model
     for model in gpt-124m gpt-124m-4k gpt-350m gpt-350m-4k; do
-        steps "scale-$model" --model "$model" --dtype bfloat16 --m 4 --rounds 5 --suite scale --methods exact fisher \
-            exact_compiled plain_compiled m_sam monitor plain_checkpointed exact_checkpointed exact_recomputed perturb
+        steps "scale-$model" -m fastreg bench --model "$model" --dtype bfloat16 --m 4 --rounds 5 --suite scale \
+            --methods exact fisher exact_compiled plain_compiled m_sam monitor plain_checkpointed \
+            exact_checkpointed exact_recomputed perturb
     done
     for model in gpt-1.3b gpt-1.3b-4k; do
-        steps "scale-$model" --model "$model" --dtype bfloat16 --m 2 --rounds 3 --suite scale --methods exact \
-            monitor exact_recomputed perturb
+        steps "scale-$model" -m fastreg bench --model "$model" --dtype bfloat16 --m 2 --rounds 3 --suite scale \
+            --methods exact monitor exact_recomputed perturb
     done
 }
 
-# Times steps and adds the rows to the results under a name.
+# Runs a benchmark of steps, which is the rest of the arguments, and adds its document to the results under a name.
 steps() {
     local part name=$1
     shift
     part=$(mktemp)
-    "$PYTHON" -m fastreg bench --device cuda --rounds 11 "$@" --json "$part" || echo "gpu.sh: see the rows above" >&2
+    "$PYTHON" "$@" --device cuda --json "$part" || echo "gpu.sh: see the rows above" >&2
     "$PYTHON" bench/gpu_results.py "$RESULTS" "$name" "$part"
     rm "$part"
 }

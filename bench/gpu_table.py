@@ -20,9 +20,9 @@ def kernel_lines(rows: list[dict[str, object]]) -> list[str]:
 
 def step_lines(name: str, part: dict[str, object]) -> list[str]:
     """Ratio to the plain step and peak memory of every method."""
-    lines = ["", name, f"{'m':>4}  {'method':<20}{'ms':>9}{'ratio':>8}{'GB':>8}"]
+    lines = ["", name, f"{'part':<14}{'model':<13}{'at':>6}{'m':>5}  {'method':<26}{'ms':>9}{'ratio':>8}{'GB':>8}"]
     for row in part["rows"]:
-        start = f"{row['m']:>4}  {row['method']:<20}"
+        start = f"{row['part']:<14}{row['model']:<13}{row['at'] or '':>6}{row['m']:>5}  {row['method']:<26}"
         if row["status"] != "ok":
             lines.append(f"{start}  {row['status'].upper()}: {row['message'] or 'not timed'}")
             continue

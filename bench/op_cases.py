@@ -277,6 +277,8 @@ CPU_CASES = [
     *_row_cases(512, 8192, 8),
     *_norm_cases(1024, 256, 1, 1, 8),
     *_cross_entropy_cases(1024, 1024),
+    *_attention_cases(8, 4, 4, 128, 64),
+    *_conv_cases(64, 32, 32, 32, 1, 8),
 ]
 
 

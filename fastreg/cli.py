@@ -64,7 +64,14 @@ COMMANDS = {
         ("recipes",),
     ),
     "bench": Command(
-        "fastreg.benchmark.cli", "time a training step against its peers", ("fastreg bench --model mlp --m 8",)
+        "fastreg.benchmark.cli",
+        "time a training step against its peers",
+        (
+            "fastreg bench --model gpt --m 8 --methods exact sequential --json gpt.json",
+            "fastreg bench --model mlp --m 8 --suite regularizers --json > rows.json",
+            "fastreg bench --model mlp2048 --m 16 --suite sam --plot sam.svg",
+            "fastreg bench --model gpt --suite scaling",
+        ),
     ),
     "monitor": Command(
         "fastreg.monitor_cli",

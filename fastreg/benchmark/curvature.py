@@ -1,4 +1,4 @@
-"""Products with curvature matrices: ours, and what one writes with torch alone or with a package.
+"""Products with curvature matrices: ours, and what one writes with torch alone.
 
 Every matrix is that of the mean cross entropy of the batch, or, where there is a vector per micro-batch, of each
 micro-batch; products are left in ``Step.product``.
@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastreg.benchmark.peers import Step, functional_loss, split_layer_norms
+from fastreg.benchmark.functorch import functional_loss
+from fastreg.benchmark.peers import Step
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
 from fastreg.curvature import Hessian, batched_hvp, fisher_vp, ggn_vp
 from fastreg.tracing import compile
-
-if TYPE_CHECKING:
-    from curvlinops import HessianLinearOperator
 
 # Vectors multiplied at once, where it is several with one matrix.
 SEVERAL = 8
@@ -58,7 +55,7 @@ def hvp_compiled(problem: Problem) -> Step:
         with problem.precision():
             return list(compiled(problem.inputs, problem.targets, v).values())
 
-    return _step(problem, compute)
+    return product_step(problem, compute)
 
 
 def hvp_several(problem: Problem) -> Step:
@@ -98,7 +95,7 @@ def _fastreg(
             found = product(problem.model, mean_cross_entropy, (problem.inputs, problem.targets), multiplied)
         return list(found.values())
 
-    return _step(problem, compute)
+    return product_step(problem, compute)
 
 
 def hvp_kept(problem: Problem) -> Step:
@@ -114,13 +111,13 @@ def hvp_kept(problem: Problem) -> Step:
             return [kept[0] @ flat]
 
     compute()
-    return _step(problem, compute, kept.clear)
+    return product_step(problem, compute, kept.clear)
 
 
 def double_backward(problem: Problem) -> Step:
     """The gradient of ``<g, v>``."""
     v = list(vector(problem).values())
-    return _step(problem, lambda: hessian_product(problem, (problem.inputs, problem.targets), v))
+    return product_step(problem, lambda: hessian_product(problem, (problem.inputs, problem.targets), v))
 
 
 def double_backward_kept(problem: Problem) -> Step:
@@ -134,13 +131,13 @@ def double_backward_kept(problem: Problem) -> Step:
         return torch.autograd.grad(kept, parameters, v, retain_graph=True)
 
     compute()
-    return _step(problem, compute, kept.clear)
+    return product_step(problem, compute, kept.clear)
 
 
 def sequential_micro(problem: Problem) -> Step:
     """One double backward per micro-batch, each with its vector, averaged."""
     v = list(vectors(problem, problem.micro_batches).values())
-    return _step(problem, lambda: micro_batch_products(problem, v))
+    return product_step(problem, lambda: micro_batch_products(problem, v))
 
 
 def symbolic_gradient(problem: Problem, chunk: Chunk) -> tuple[Tensor, ...]:
@@ -203,45 +200,13 @@ def _functorch(problem: Problem, product: Callable[..., Mapping[str, Tensor]], v
         with sdpa_kernel(SDPBackend.MATH):
             return list(product(parameters, problem.inputs, problem.targets, dict(v)).values())
 
-    return _step(problem, compute)
+    return product_step(problem, compute)
 
 
-def curvlinops(problem: Problem) -> Step:
-    """``curvlinops.HessianLinearOperator`` times one vector."""
-    operator, v = curvlinops_hessian(problem), list(vector(problem).values())
-
-    def compute() -> list[Tensor]:
-        with problem.precision(), sdpa_kernel(SDPBackend.MATH):
-            return operator @ v
-
-    return _step(problem, compute)
-
-
-def curvlinops_hessian(problem: Problem) -> HessianLinearOperator:
-    """The package's operator on the problem's batch, without its check that the model is deterministic."""
-    from curvlinops import HessianLinearOperator
-
-    # It takes forward derivatives of a vmapped backward: see SplitLayerNorm.
-    split_layer_norms(problem.model)
-    parameters, batch = list(problem.model.parameters()), (problem.inputs, problem.targets)
-    count = len(problem.inputs)
-    return HessianLinearOperator(
-        problem.model, MeanCrossEntropy(), parameters, [batch], check_deterministic=False, num_data=count
-    )
-
-
-class MeanCrossEntropy(nn.Module):
-    """:func:`mean_cross_entropy` as the package wants it."""
-
-    reduction = "mean"
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return mean_cross_entropy(outputs, targets)
-
-
-def _step(
+def product_step(
     problem: Problem, compute: Callable[[], Sequence[Tensor]], forget: Callable[[], None] | None = None
 ) -> Step:
+    """A step whose run keeps what ``compute()`` gives as its product."""
     found: list[Tensor] = []
 
     def run() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def _sizes(offsets: Sequence[int]) -> list[int]:
     return [end - start for start, end in pairwise(offsets)]
 
 
-def _convolution_backward(d: Tensor, x: Tensor, weight: Tensor, *rest: object, **_out: object) -> int:
+def _convolution_backward(d: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_out: object) -> int:
     """Each gradient costs what the forward does."""
     *_, transposed, _output_padding, _groups, wanted = rest
     return 2 * sum(wanted[:2]) * (x if transposed else d).numel() * weight[0].numel()
@@ -92,7 +93,7 @@ OURS = {
     "attention_backward": _our_attention(5),
     "attention_double_backward": _our_attention(12),
 }
-FORMULAS = {
+FORMULAS: dict[Any, Any] = {
     # torch multiplies the gradient of a grouped weight by the groups once too often.
     torch.ops.aten.convolution_backward: _convolution_backward,
     # torch counts its attention on a GPU only.

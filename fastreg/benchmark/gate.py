@@ -1,16 +1,18 @@
 """Correctness before speed: a method is timed only if its float64 gradient or product is right."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastreg.benchmark import curvature
-from fastreg.benchmark.methods import Method, Penalized, Product
-from fastreg.benchmark.peers import Step, plain
+from fastreg.benchmark.method import Method, Penalized, Product, Quantity
+from fastreg.benchmark.peers import Step, plain, shown
 from fastreg.benchmark.penalty_gradients import GRADIENTS
 from fastreg.benchmark.presets import Problem, mean_cross_entropy
 from fastreg.benchmark.sam import RHO
@@ -23,13 +25,20 @@ TOLERANCE = 1e-9
 
 def gradient(problem: Problem) -> torch.Tensor:
     """All gradients of the problem's model as one float64 vector ``[P]``."""
-    return torch.cat([p.grad.detach().double().flatten() for p in problem.model.parameters()])
+    return torch.cat([g.detach().double().flatten() for p in problem.model.parameters() if (g := p.grad) is not None])
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """||value - reference|| / ||reference||; a value that is not finite has an infinite error."""
     error = float((value - reference).norm() / reference.norm())
     return error if error == error else float("inf")
+
+
+class Parts(NamedTuple):
+    """Gradients of equal parts of a batch: their squared norms ``[parts]`` and their mean ``[P]``."""
+
+    sq_norms: torch.Tensor
+    mean: torch.Tensor
 
 
 class Reference:
@@ -46,9 +55,46 @@ class Reference:
 
     @functools.cached_property
     def loss_gradient(self) -> torch.Tensor:
-        """Gradient of the loss alone, ``[P]``."""
+        """Gradient of the loss of the whole batch alone, ``[P]``."""
         plain(self.problem).run()
         return gradient(self.problem)
+
+    @functools.cached_property
+    def micro_batches(self) -> Parts:
+        """Of the micro-batches' own mean losses."""
+        return self._parts(self.problem.micro_batches)
+
+    @functools.cached_property
+    def samples(self) -> Parts:
+        """Of the samples' own losses."""
+        return self._parts(len(self.problem.inputs))
+
+    @functools.cached_property
+    def noise_statistics(self) -> torch.Tensor:
+        """``[2]``: trace of the covariance of per-sample gradients, divisor B - 1, and squared norm of their mean."""
+        mean, count = self.samples.mean, len(self.samples.sq_norms)
+        apart = functools.reduce(torch.add, ((g - mean).square().sum() for g in self._gradients_of(count)))
+        return torch.stack([apart / (count - 1), mean @ mean])
+
+    def fisher_trace(self, labels: torch.Tensor) -> torch.Tensor:
+        """``[1]``: mean over samples of the squared gradient norm of their mean losses on ``labels``."""
+        pairs = zip(self.problem.inputs.split(1), labels.split(1), strict=True)
+        return torch.stack([self._gradient_of(*pair).square().sum() for pair in pairs]).mean(0, keepdim=True)
+
+    def _parts(self, count: int) -> Parts:
+        sq_norms, mean = [], torch.zeros(())
+        for g in self._gradients_of(count):
+            sq_norms.append(g @ g)
+            mean = mean + g / count
+        return Parts(torch.stack(sq_norms), mean)
+
+    def _gradients_of(self, parts: int) -> Iterator[torch.Tensor]:
+        """Gradients ``[P]`` of the mean losses of equal parts of the batch, one after another."""
+        return (self._gradient_of(*chunk) for chunk in dataclasses.replace(self.problem, micro_batches=parts).chunks())
+
+    def _gradient_of(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        grads = torch.autograd.grad(mean_cross_entropy(self.problem.model(x), y), list(self.problem.model.parameters()))
+        return torch.cat([g.flatten() for g in grads])
 
     def penalty_gradient(self, kind: Penalized, drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Gradient of the penalty R at weight one, ``[P]``, for what a step drew if R depends on it."""
@@ -69,11 +115,11 @@ class Reference:
         return self._perturbed_gradient(self.problem.micro_batches)
 
     def _perturbed_gradient(self, micro_batches: int) -> torch.Tensor:
-        weights = dict(self.problem.model.named_parameters())
+        weights: dict[str, torch.Tensor] = dict(self.problem.model.named_parameters())
         found = []
         for x, y in dataclasses.replace(self.problem, micro_batches=micro_batches).chunks():
             direction = self._gradient_at(weights, x, y)
-            length = sum(g.square().sum() for g in direction.values()).sqrt()
+            length = functools.reduce(torch.add, (g.square().sum() for g in direction.values())).sqrt()
             moved = {n: (w + RHO / length * direction[n]).detach().requires_grad_() for n, w in weights.items()}
             found.append(torch.cat([g.flatten() for g in self._gradient_at(moved, x, y).values()]))
         return torch.stack(found).mean(0)
@@ -119,15 +165,6 @@ class Reference:
         return torch.autograd.grad(logits, parameters, curved)
 
     @functools.cached_property
-    def sample_norms(self) -> torch.Tensor:
-        """Squared norms ``[B]`` of the gradients of the samples' own losses."""
-        parameters = list(self.problem.model.parameters())
-        pairs = zip(self.problem.inputs.split(1), self.problem.targets.split(1))
-        losses = (mean_cross_entropy(self.problem.model(x), y) for x, y in pairs)
-        grads = (torch.autograd.grad(loss, parameters) for loss in losses)
-        return torch.stack([sum(g.square().sum() for g in sample) for sample in grads])
-
-    @functools.cached_property
     def balanced_weight(self) -> float:
         """The weight at which the penalty's gradient is as long as the loss's.
 
@@ -141,25 +178,44 @@ class Reference:
         The gradient of the loss is subtracted first, so the error is that of what the method adds.
         """
         if method.computes in get_args(Product):
-            return relative_error(step.product().double(), self.product(method.computes))
-        found = gradient(problem)
-        if method.computes in ("loss", "sample_norms"):
-            error = relative_error(found, self.loss_gradient)
-            if method.computes == "loss":
-                return error
-            return max(error, relative_error(step.sq_norms().double(), self.sample_norms))
+            return relative_error(shown(step.product).double(), self.product(cast(Product, method.computes)))
+        if method.computes == "fisher_trace":
+            return relative_error(shown(step.statistics).double(), self.fisher_trace(shown(step.drawn)))
+        found, alone = gradient(problem), self._alone(method.computes)
         if method.computes in ("sam", "m_sam"):
             expected = self.sam_gradient if method.computes == "sam" else self.m_sam_gradient
-            return relative_error(found - self.loss_gradient, expected - self.loss_gradient)
-        expected = self.penalty_gradient(method.computes, step.drawn() if step.drawn else None)
-        return relative_error((found - self.loss_gradient) / problem.weight, expected)
+            return relative_error(found - alone, expected - alone)
+        if method.computes in get_args(Penalized):
+            drawn = step.drawn() if step.drawn else None
+            expected = self.penalty_gradient(cast(Penalized, method.computes), drawn)
+            return relative_error((found - alone) / problem.weight, expected)
+        return max(relative_error(found, alone), self._error_beside(method.computes, step))
+
+    def _alone(self, computes: Quantity) -> torch.Tensor:
+        """The gradient of the loss that a method differentiates beside what it adds, ``[P]``.
+
+        Where samples interact, the micro-batches' own losses are another function than the batch's.
+        """
+        whole = computes in ("loss", "sam") or not self.problem.coupled
+        return self.loss_gradient if whole else self.micro_batches.mean
+
+    def _error_beside(self, computes: Quantity, step: Step) -> float:
+        """Largest relative error of what is measured beside the gradient of the loss."""
+        if computes == "loss":
+            return 0.0
+        if computes == "noise_scale":
+            return float((shown(step.statistics).double() / self.noise_statistics - 1).abs().max())
+        parts = self.samples if computes == "sample_norms" else self.micro_batches
+        return relative_error(shown(step.sq_norms).double(), parts.sq_norms)
 
 
 def run_and_compare(
     method: Method, problem: Problem, reference: Reference
 ) -> tuple[Step, float]:
     """Prepare a step of ``method`` on ``problem``, run it once, and give it with its error."""
-    problem = dataclasses.replace(problem.copy(), weight=reference.balanced_weight)
+    problem = problem.copy()
+    if method.computes in get_args(Penalized):
+        problem = dataclasses.replace(problem, weight=reference.balanced_weight)
     step = method.prepare(problem)
     step.run()
     return step, reference.error(method, problem, step)

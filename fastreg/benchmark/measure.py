@@ -13,6 +13,8 @@ import torch
 # A round measures a step for at least this long, so that one timer tick or one context switch
 # does not decide about a step of a few milliseconds.
 ROUND_SECONDS = 0.05
+# Rounds below which a median is no median.
+LEAST = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,9 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], None]], rounds: int, warm_up: int, device: str
+    steps: Mapping[str, Callable[[], None]], rounds: int, warm_up: int, device: str, budget: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds per call of every step, ``rounds`` values each.
+    """Seconds per call of every step, ``rounds`` values each, or as many as fit into ``budget``.
 
     A round calls every step, and each round starts with another one, so that a change in the
     machine's speed meets all steps alike and none always follows the same neighbour.
@@ -49,10 +51,14 @@ def interleaved(
     Args:
         steps: what to time, by name.
         rounds: values per step.
-        warm_up: untimed calls of each step before the first round.
+        warm_up: untimed calls of each step before its first timed one.
         device: where the steps run.
+        budget: seconds for all rounds; :data:`LEAST` of them are made in any case.
     """
-    repeats = {name: _repeats(step, warm_up, device) for name, step in steps.items()}
+    once = {name: _once(step, warm_up, device) for name, step in steps.items()}
+    repeats = {name: math.ceil(ROUND_SECONDS / seconds) for name, seconds in once.items()}
+    round_seconds = sum(repeats[name] * seconds for name, seconds in once.items())
+    rounds = min(rounds, max(LEAST, int(min(budget / round_seconds, rounds))))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     with _no_garbage_collection():
@@ -68,9 +74,10 @@ def ratios(seconds: Sequence[float], baseline: Sequence[float]) -> list[float]:
     return [value / base for value, base in zip(seconds, baseline, strict=True)]
 
 
-def _repeats(step: Callable[[], None], warm_up: int, device: str) -> int:
-    _time(step, max(warm_up, 1), device)
-    return math.ceil(ROUND_SECONDS / _time(step, 1, device))
+def _once(step: Callable[[], None], warm_up: int, device: str) -> float:
+    for _ in range(warm_up):
+        step()
+    return _time(step, 1, device)
 
 
 def _time(step: Callable[[], None], calls: int, device: str) -> float:

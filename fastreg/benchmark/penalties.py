@@ -14,6 +14,7 @@ from fastreg.benchmark.presets import Problem, mean_cross_entropy
 
 # Of WithoutReplacement: Lanczos steps, calls that keep what they find, and the learning rate it stands for.
 RANK, REFRESH, LR = 8, 1000, 0.1
+Drawn = Callable[[], Tensor | None]
 
 
 def exact(problem: Problem, compiled: bool = False) -> Step:
@@ -45,7 +46,11 @@ def average_jacobian(problem: Problem) -> Step:
 def unit_jacobian(problem: Problem) -> Step:
     """The unit-Jacobian penalty, one direction per micro-batch."""
     penalty = fastreg.UnitJacobian(problem.weight)
-    return _regularized(problem, penalty, lambda: penalty.last_directions.squeeze(1))
+
+    def drawn() -> Tensor | None:
+        return None if penalty.last_directions is None else penalty.last_directions.squeeze(1)
+
+    return _regularized(problem, penalty, drawn)
 
 
 def without_replacement(problem: Problem) -> Step:
@@ -55,7 +60,7 @@ def without_replacement(problem: Problem) -> Step:
 
 
 def _regularized(
-    problem: Problem, penalty: fastreg.Penalty, drawn: Callable[[], Tensor] | None = None, compiled: bool = False
+    problem: Problem, penalty: fastreg.Penalty, drawn: Drawn | None = None, compiled: bool = False
 ) -> Step:
     model = problem.model
     reg = fastreg.Regularizer(model, penalty, micro_batch_size=problem.micro_batch_size)
@@ -94,7 +99,7 @@ def sequential_centred(problem: Problem) -> Step:
 
     def run() -> None:
         step.run()
-        mean = [p.grad.clone() for p in parameters]
+        mean = [p.grad.clone() for p in parameters if p.grad is not None]
         for chunk in problem.chunks():
             _add_square(problem, chunk, problem.weight / problem.micro_batches, mean)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ def _squares(problem: Problem, given: Tensor, target: Callable[[Tensor, Tensor],
     for (x, _), own in zip(problem.chunks(), given.chunk(problem.micro_batches), strict=True):
         with sdpa_kernel(SDPBackend.MATH):
             grads = torch.autograd.grad(target(problem.model(x), own), parameters, create_graph=True)
-            squared = sum(g.square().sum() for g in grads)
+            squared = reduce(torch.add, (g.square().sum() for g in grads))
             # Of the last bias: its gradient is no function of the weights where a target is linear in the outputs.
             found = torch.autograd.grad(squared, parameters, materialize_grads=True)
         total = total + _flat(found) / problem.micro_batches
@@ -37,7 +39,7 @@ def _frozen(outputs: Tensor, labels: Tensor) -> Tensor:
 def _fisher_true(problem: Problem, labels: Tensor) -> Tensor:
     """That of "fixed-label", and ``mean_k (s_k - mean of the other s) grad log p(yh_k)`` with ``s_k = ||gh_k||^2``."""
     m, rest = problem.micro_batches, max(problem.micro_batches - 1, 1)
-    squares, total, weighted = 0.0, torch.zeros(()), torch.zeros(())
+    squares, total, weighted = torch.zeros(()), torch.zeros(()), torch.zeros(())
     for (x, _), own in zip(problem.chunks(), labels.chunk(m), strict=True):
         g = _gradient(problem, (x, own))
         squares, total, weighted = squares + g @ g, total + g, weighted + (g @ g) * g
@@ -50,7 +52,9 @@ def _variance(problem: Problem, weigh: Callable[[Tensor], Tensor] = lambda v: v)
     """``2 mean_k H_k S (g_k - g)``, S a constant; that H_k and not ``H_k - H`` stands there cancels in the mean."""
     if problem.micro_batches < 2:
         raise FastregError("bench: m must be at least 2 for a variance, got 1 (a single micro-batch has none)")
-    mean, total = _gradient(problem, (problem.inputs, problem.targets)), torch.zeros(())
+    # Not the gradient of the whole batch, which is another one where samples interact.
+    mean = sum(_gradient(problem, chunk) for chunk in problem.chunks()) / problem.micro_batches
+    total = torch.zeros(())
     for chunk in problem.chunks():
         gradient = symbolic_gradient(problem, chunk)
         total = total + _along(problem, gradient, weigh(_flat(gradient).detach() - mean))
@@ -89,7 +93,7 @@ def _flat(parts: Iterable[Tensor]) -> Tensor:
 
 
 # Gradient [P] of R at weight one, of a float64 problem and of what a step drew (:attr:`peers.Step.drawn`).
-GRADIENTS: dict[str, Callable[[Problem, Tensor | None], Tensor]] = {
+GRADIENTS: dict[str, Callable[[Problem, Any], Tensor]] = {
     "grad_norm": lambda problem, _: _squares(problem, problem.targets, mean_cross_entropy),
     "fisher": lambda problem, labels: _squares(problem, labels, mean_cross_entropy),
     "fisher_frozen": lambda problem, labels: _squares(problem, labels, _frozen),

@@ -1,5 +1,7 @@
 """The models and batches that the benchmark measures."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +10,9 @@ from contextlib import AbstractContextManager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastreg.benchmark.vit import ViT
 from fastreg.errors import FastregError
 from fastreg.models import GPT, GPTConfig, mlp, resnet18, small_resnet
 
@@ -28,7 +32,7 @@ class Problem:
     """One batch, the model it trains, and the penalty to add: loss + weight * R.
 
     Attributes:
-        model: maps ``inputs`` to logits; samples do not interact.
+        model: maps ``inputs`` to logits.
         inputs: ``[B, ...]``.
         targets: ``[B]`` or ``[B, T]`` int64.
         micro_batches: m; divides B.
@@ -48,6 +52,11 @@ class Problem:
         """Samples of a micro-batch, b = B / m."""
         return len(self.inputs) // self.micro_batches
 
+    @property
+    def coupled(self) -> bool:
+        """Whether samples interact: batch norm takes its statistics from the batch it sees."""
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.model.modules())
+
     def chunks(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The m micro-batches, ``(inputs, targets)`` each."""
         m = self.micro_batches
@@ -58,7 +67,7 @@ class Problem:
         kind = self.inputs.device.type
         return torch.autocast(kind, self.autocast, enabled=self.autocast is not None)
 
-    def copy(self) -> "Problem":
+    def copy(self) -> Problem:
         """The same problem with a model of its own, so that methods do not share hooks."""
         return dataclasses.replace(self, model=copy.deepcopy(self.model))
 
@@ -78,7 +87,7 @@ class Preset:
         draw: makes ``(inputs, targets)`` from a generator.
         batch: samples of the batch.
         by_default: measured by ``--model all``; the others are larger.
-        gate: the preset whose float64 results are compared, where this one is too large for them.
+        gate: what is gated in its place, where float64 results of this one would take too long.
     """
 
     name: str
@@ -87,7 +96,7 @@ class Preset:
     draw: Draw
     batch: int
     by_default: bool = True
-    gate: str | None = None
+    gate: Preset | None = None
 
     def problem(
         self,
@@ -145,57 +154,63 @@ def _tokens(config: GPTConfig) -> Draw:
     return draw
 
 
+def gpt_of(batch: int = 8, **sizes: int) -> Preset:
+    """The preset ``"gpt"`` at other sizes, those of :class:`fastreg.models.GPTConfig`."""
+    config = dataclasses.replace(SMALL_GPT, **sizes)
+    about = f"{config.layers} layers, width {config.width}, {config.heads} heads, {config.context} tokens"
+    about += f", vocabulary {config.vocab}, tied head, batch {batch}"
+    return Preset("gpt", about, lambda: GPT(config), _tokens(config), batch)
+
+
+def mlp_of(width: int = 512, depth: int = 3, batch: int = 256) -> Preset:
+    """The preset ``"mlp"`` at other sizes: ``depth`` layers, all but the last of them ``width`` wide."""
+    widths = (784, *(width,) * (depth - 1), 10)
+    about = f"{'-'.join(map(str, widths))} ReLU, batch {batch}"
+    return Preset("mlp", about, lambda: mlp(widths), _vectors(784), batch)
+
+
 def _language_model(name: str, width: int, layers: int, heads: int, context: int, batch: int) -> Preset:
     """One at a size that is trained with; its kind is gated at a smaller one."""
     config = GPTConfig(vocab=50304, context=context, width=width, layers=layers, heads=heads)
     about = f"{layers} layers, width {width}, {heads} heads, {context} tokens"
     about += f", vocabulary 50304, tied head, batch {batch}"
-    return Preset(name, about, lambda: GPT(config), _tokens(config), batch, by_default=False, gate="gpt")
+    return Preset(name, about, lambda: GPT(config), _tokens(config), batch, by_default=False, gate=GPT_GATE)
+
+
+def _resnet() -> Preset:
+    about = "residual conv net, three stages of width 32, 64, 128, group norm, 3x32x32, batch 64"
+    whole = Preset("resnet", about, lambda: small_resnet(num_classes=10, width=32, norm="group"), _images, batch=64)
+    return dataclasses.replace(whole, gate=dataclasses.replace(whole, batch=16))
+
+
+def _resnet18(name: str, norm: str, batch: int) -> Preset:
+    about = f"ResNet-18 with {norm} norm, 3x32x32, batch {batch}"
+    whole = Preset(name, about, lambda: resnet18(num_classes=10, norm=norm), _images, batch, by_default=False)
+    return dataclasses.replace(whole, gate=dataclasses.replace(whole, batch=4))
+
+
+def _vit() -> Preset:
+    about = "12 blocks, width 192, 3 heads, patches of 4x4 and a class token, 3x32x32, batch 16"
+    whole = Preset("vit-tiny", about, ViT, _images, batch=16, by_default=False)
+    return dataclasses.replace(whole, gate=dataclasses.replace(whole, build=lambda: ViT(depth=2)))
 
 
 SMALL_GPT = GPTConfig(vocab=1024, context=128, width=256, layers=4, heads=4)
 GPT2 = GPTConfig(vocab=32768, context=512, width=768, layers=12, heads=12)
+# Half the layers and tokens: the float64 results of "gpt" and of its like at sizes that are trained with.
+GPT_GATE = gpt_of(16, context=64, layers=2)
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset(
-            "mlp",
-            "784-512-512-10 ReLU, batch 256",
-            lambda: mlp((784, 512, 512, 10)),
-            _vectors(784),
-            batch=256,
-        ),
-        Preset(
-            "resnet",
-            "residual conv net, three stages of width 32, 64, 128, group norm, 3x32x32, batch 64",
-            lambda: small_resnet(num_classes=10, width=32, norm="group"),
-            _images,
-            batch=64,
-        ),
-        Preset(
-            "gpt",
-            "4 layers, width 256, 4 heads, 128 tokens, vocabulary 1024, tied head, batch 8",
-            lambda: GPT(SMALL_GPT),
-            _tokens(SMALL_GPT),
-            batch=8,
-        ),
-        Preset(
-            "mlp2048",
-            "784-2048-2048-10 ReLU, batch 512",
-            lambda: mlp((784, 2048, 2048, 10)),
-            _vectors(784),
-            batch=512,
-            by_default=False,
-        ),
-        Preset(
-            "resnet18",
-            "ResNet-18 with group norm, 3x32x32, batch 256",
-            lambda: resnet18(num_classes=10, norm="group"),
-            _images,
-            batch=256,
-            by_default=False,
-        ),
+        mlp_of(),
+        _resnet(),
+        dataclasses.replace(gpt_of(), gate=GPT_GATE),
+        dataclasses.replace(mlp_of(2048, batch=512), name="mlp2048", by_default=False),
+        _resnet18("resnet18", "group", batch=256),
+        _resnet18("resnet18-gn", "group", batch=16),
+        _resnet18("resnet18-bn", "batch", batch=16),
+        _vit(),
         Preset(
             "gpt2",
             "12 layers, width 768, 12 heads, 512 tokens, vocabulary 32768, tied head, batch 16",

@@ -1,18 +1,64 @@
 """One cell of the benchmark: all methods on one model with one number of micro-batches."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from fastreg.benchmark import flops, memory
 from fastreg.benchmark.gate import TOLERANCE, Reference, run_and_compare
 from fastreg.benchmark.measure import Spread, interleaved, ratios
-from fastreg.benchmark.methods import METHODS, Method
+from fastreg.benchmark.method import Method
+from fastreg.benchmark.methods import METHODS
 from fastreg.benchmark.peers import Step
-from fastreg.benchmark.presets import PRESETS, Preset, Problem
+from fastreg.benchmark.presets import Preset, Problem
 from fastreg.benchmark.report import Row
-from fastreg.errors import FastregError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is measured together.
+
+    Attributes:
+        preset: model and batch.
+        m: micro-batches, at most the batch.
+        methods: names from :data:`METHODS`; the plain step is always measured.
+        part: the part of the plan that this belongs to.
+        curve: the curve that this is a point of.
+        at: the varied value there.
+        memory: whether peak memory is measured on a CPU too, in a process of its own for every method.
+        excluded: why a method is not tried, by its name.
+    """
+
+    preset: Preset
+    m: int
+    methods: tuple[str, ...]
+    part: str = ""
+    curve: str | None = None
+    at: float | None = None
+    memory: bool = True
+    excluded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def rows(self) -> list[Row]:
+        """A row for every method, with nothing measured."""
+        return [self._row(METHODS[name]) for name in dict.fromkeys(("plain", *self.methods))]
+
+    def _row(self, method: Method) -> Row:
+        return Row(
+            self.preset.name,
+            self.m,
+            method.name,
+            products=method.products,
+            quantity=method.computes,
+            part=self.part,
+            curve=self.curve,
+            at=self.at,
+            ours=method.ours,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +66,8 @@ class Settings:
     """How to measure.
 
     Attributes:
-        rounds: timed rounds per cell.
+        rounds: timed rounds per cell, or fewer:
+        budget: seconds that they may take together.
         warm_up: untimed calls of each step before them.
         threads: CPU threads.
         device: ``"cpu"`` or ``"cuda"``.
@@ -30,6 +77,7 @@ class Settings:
     """
 
     rounds: int = 11
+    budget: float = math.inf
     warm_up: int = 2
     threads: int = 1
     device: str = "cpu"
@@ -38,60 +86,62 @@ class Settings:
     note: Callable[[str], None] = lambda text: None
 
 
-def measure_cell(
-    preset: Preset, micro_batches: int, methods: Sequence[str], settings: Settings
-) -> list[Row]:
-    """Gate, time and weigh the methods; the plain step is always among them.
-
-    Args:
-        preset: model and batch.
-        micro_batches: m, at most the batch.
-        methods: names from :data:`METHODS`.
-        settings: how to measure.
-    """
-    gated = preset if preset.gate is None else PRESETS[preset.gate]
-    exact = gated.problem(min(micro_batches, gated.batch), dtype=torch.float64, device=settings.device)
-    timed = preset.problem(micro_batches, device=settings.device, autocast=settings.autocast)
-    reference = Reference(exact)
-    rows, steps = [], {}
-    for name in dict.fromkeys(("plain", *methods)):
-        settings.note(f"{preset.name}, m = {micro_batches}: is {name} right?")
-        row = Row(preset.name, micro_batches, name, products=METHODS[name].products)
-        rows.append(row)
-        if not METHODS[name].installed:
+def measure_cell(cell: Cell, settings: Settings) -> list[Row]:
+    """Gate, time and weigh the methods; the plain step is always among them."""
+    timed = cell.preset.problem(cell.m, device=settings.device, autocast=settings.autocast)
+    gate, gate_m, judged = cell.preset, cell.m, timed
+    own = gate.gate
+    if own is not None:
+        # Two samples or more in a micro-batch, as batch norm wants them.
+        gate, gate_m = own, min(cell.m, own.batch // 2)
+        judged = gate.problem(gate_m, device=settings.device, autocast=settings.autocast)
+    reference = _reference(gate, gate_m, settings.device)
+    rows, steps = cell.rows(), {}
+    for row in rows:
+        method = METHODS[row.method]
+        settings.note(f"{row.model}, m = {row.m}: is {row.method} right?")
+        if not method.installed:
             row.status = "not installed"
-            continue
-        step = _gate(METHODS[name], exact, timed, reference, row, same=gated is preset)
-        if step is not None:
-            steps[name] = step
+        elif reason := cell.excluded.get(row.method) or method.skipped(timed):
+            row.status, row.message = "skipped", reason
+        elif step := _gated(method, reference, judged, timed, row):
+            steps[row.method] = step
     _count(rows, steps)
-    settings.note(f"{preset.name}, m = {micro_batches}: {settings.rounds} rounds of {len(steps)}")
+    settings.note(f"{cell.preset.name}, m = {cell.m}: up to {settings.rounds} rounds of {len(steps)}")
     _time(rows, steps, settings)
-    if settings.peak_memory and memory.measurable(settings.device):
-        _weigh(rows, steps, preset, settings)
+    if settings.peak_memory and (cell.memory or settings.device != "cpu") and memory.measurable(settings.device):
+        _weigh(rows, steps, cell, settings)
     return rows
 
 
-def _gate(
-    method: Method, exact: Problem, timed: Problem, reference: Reference, row: Row, same: bool
-) -> Step | None:
+# Cells of the same problem follow each other.
+@functools.lru_cache(maxsize=1)
+def _reference(preset: Preset, m: int, device: str) -> Reference:
+    return Reference(preset.problem(m, dtype=torch.float64, device=device))
+
+
+def _gated(method: Method, reference: Reference, judged: Problem, timed: Problem, row: Row) -> Step | None:
     """Fill the row's verdict and errors; the step to time, or None if it is wrong or fails.
 
-    A model that is gated at another size has no error of its own. What a method raises is one of the results, and the
-    other methods are still measured.
+    A model that is too large for the gate has both errors of the one that is judged in its place. What a method raises
+    is one of the results, whatever it is, and the other methods are still measured.
     """
     try:
-        _, row.error_float64 = run_and_compare(method, exact, reference)
+        _, row.error_float64 = run_and_compare(method, reference.problem, reference)
         if row.error_float64 > TOLERANCE + method.rounding:
             row.status = "wrong"
             return None
-        if not same:
-            return method.prepare(timed.copy())
-        step, row.error = run_and_compare(method, timed, reference)
-    except (FastregError, RuntimeError) as error:
+        step, row.error = run_and_compare(method, judged, reference)
+        return step if judged is timed else _prepared(method, timed)
+    except Exception as error:
         row.status = "failed"
-        row.message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        row.message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return None
+
+
+def _prepared(method: Method, problem: Problem) -> Step:
+    step = method.prepare(problem.copy())
+    step.run()
     return step
 
 
@@ -103,25 +153,24 @@ def _count(rows: Sequence[Row], steps: dict[str, Step]) -> None:
     for row in rows:
         if row.method in steps and not METHODS[row.method].compiled:
             row.flops = flops.count(steps[row.method].run)
-            row.flops_ratio = row.flops / rows[0].flops
+            base = rows[0].flops
+            row.flops_ratio = None if base is None else row.flops / base
 
 
 def _time(rows: Sequence[Row], steps: dict[str, Step], settings: Settings) -> None:
     calls = {name: step.run for name, step in steps.items()}
-    seconds = interleaved(calls, settings.rounds, settings.warm_up, settings.device)
+    seconds = interleaved(calls, settings.rounds, settings.warm_up, settings.device, settings.budget)
     for row in rows:
         if row.method in seconds:
             row.seconds = Spread.of(seconds[row.method])
             row.ratio = Spread.of(ratios(seconds[row.method], seconds["plain"]))
 
 
-def _weigh(
-    rows: Sequence[Row], steps: dict[str, Step], preset: Preset, settings: Settings
-) -> None:
+def _weigh(rows: Sequence[Row], steps: dict[str, Step], cell: Cell, settings: Settings) -> None:
     for row in rows:
         if row.method in steps:
             settings.note(f"{row.model}, m = {row.m}: memory of {row.method}")
             if settings.device == "cpu":
-                row.peak_bytes = memory.on_cpu(preset.name, row.m, row.method, settings.threads)
+                row.peak_bytes = memory.on_cpu(cell.preset.name, row.m, row.method, settings.threads)
             else:
                 row.peak_bytes = memory.on_gpu(steps[row.method], settings.device)

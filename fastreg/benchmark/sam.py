@@ -1,4 +1,4 @@
-"""Steps of sharpness-aware minimisation: ours, the plain loop over micro-batches, and a package's."""
+"""Steps of sharpness-aware minimisation: ours, and the plain loop over micro-batches."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ def _fastreg(problem: Problem, micro_batch_size: int | None) -> Step:
     # The base only names the parameters: a step of the benchmark ends with the gradient.
     base = torch.optim.SGD(problem.model.parameters())
     optimizer = SAM(base, problem.model, RHO, micro_batch_size)
-    closure = _closure(problem)
-    return Step(problem.model, lambda: optimizer.backward(closure))
+    closure = closure_of(problem)
+
+    def run() -> None:
+        optimizer.backward(closure)
+
+    return Step(problem.model, run)
 
 
 def sequential_m_sam(problem: Problem) -> Step:
     """One micro-batch after another: gradient, perturb, accumulate the gradient there, restore."""
-    model, parameters = problem.model, list(problem.model.parameters())
+    model = problem.model
+    parameters: list[torch.Tensor] = list(model.parameters())
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
@@ -51,38 +56,14 @@ def sequential_m_sam(problem: Problem) -> Step:
     return Step(model, run)
 
 
-def package_sam(problem: Problem) -> Step:
-    """``pytorch_optimizer.SAM`` on the whole batch, its fastest settings."""
-    import pytorch_optimizer
-
-    parameters = list(problem.model.parameters())
-    # No guard against a zero norm, so that the formula is the same.
-    optimizer = pytorch_optimizer.SAM(parameters, _NoStep, rho=RHO, perturb_eps=0.0, foreach=True)
-    closure = _closure(problem)
-
-    def run() -> None:
-        closure()
-        optimizer.step(closure)
-
-    return Step(problem.model, run)
-
-
-class _NoStep(torch.optim.Optimizer):
-    """Leaves weights and gradients as they are."""
-
-    def __init__(self, params: object, **defaults: object) -> None:
-        super().__init__(params, defaults)
-
-    def step(self, closure: None = None) -> None:
-        pass
-
-
 def _loss(problem: Problem, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     with problem.precision():
         return mean_cross_entropy(problem.model(inputs), targets)
 
 
-def _closure(problem: Problem) -> Callable[[], torch.Tensor]:
+def closure_of(problem: Problem) -> Callable[[], torch.Tensor]:
+    """Clears the gradients, then forward, loss and backward; gives the loss."""
+
     def closure() -> torch.Tensor:
         problem.model.zero_grad(set_to_none=True)
         loss = _loss(problem, problem.inputs, problem.targets)

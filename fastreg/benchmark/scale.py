@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastreg
@@ -46,7 +46,7 @@ def perturbed(problem: Problem) -> Step:
     return Step(problem.model, run)
 
 
-def _loss(problem: Problem) -> object:
+def _loss(problem: Problem) -> Tensor:
     with problem.precision():
         return mean_cross_entropy(problem.model(problem.inputs), problem.targets)
 
