@@ -1,8 +1,8 @@
 """Measured figures in the text of pages: `python docs/measured.py` reads `bench/results` and writes them there.
 
-A figure stands before a comment that names it, which neither GitHub nor the site shows: `<!-- steps.mlp_8.exact -->` is
-a ratio to a plain step, by suite, model and m, and method; `<!-- memory.exact.block -->` comes from the table of
-memory, in MiB or as a ratio.
+A figure stands before a comment that names it, which neither GitHub nor the site shows: `<!-- penalty.mlp_8.exact -->`
+is a ratio to a plain step, by part of the suite, model and m, and method, from the newest file that has it;
+`<!-- memory.exact.block -->` comes from the table of memory, in MiB or as a ratio.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ MIB = 2**20
 def figures(results: Path = ROOT / "bench" / "results") -> dict[str, str]:
     """Every figure by its name."""
     found: dict[str, str] = {}
-    for path in sorted(results.glob("cpu-*.json")):
-        suite = (re.match(r"cpu-[\d-]+-([a-z]+)", path.stem) or ["", "steps"])[1]
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        found |= _memory(rows) if suite == "memory" else _ratios(suite, rows)
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("cpu-*.json")]
+    for document in sorted(documents, key=lambda one: one["machine"]["date"]):
+        rows = document["rows"]
+        found |= _ratios(rows) if "schema" in document else _memory(rows)
     return found
 
 
-def _ratios(suite: str, rows: list[dict]) -> dict[str, str]:
+def _ratios(rows: list[dict]) -> dict[str, str]:
     """Medians; not those along a curve."""
-    timed = [row for row in rows if row.get("ratio") and row.get("curve") is None]
-    return {f"{suite}.{row['model']}_{row['m']}.{row['method']}": _digits(row["ratio"]["p50"]) for row in timed}
+    timed = [row for row in rows if row["ratio"] and row["curve"] is None]
+    return {f"{row['part']}.{row['model']}_{row['m']}.{row['method']}": _digits(row["ratio"]["p50"]) for row in timed}
 
 
 def _digits(value: float) -> str:

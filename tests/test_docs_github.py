@@ -63,16 +63,22 @@ def test_figures_are_those_of_the_results(path: Path) -> None:
 
 
 def test_figures_are_read_from_results(tmp_path: Path) -> None:
-    timed = [{"model": "mlp", "m": 8, "method": name, "ratio": {"p50": p50}} for name, p50 in (("a", 9.994), ("b", 10))]
+    own = {"part": "penalty", "model": "mlp", "m": 8, "curve": None}
+    timed = [{**own, "method": name, "ratio": {"p50": p50}} for name, p50 in (("a", 9.994), ("b", 10))]
     other = [{**timed[0], "curve": "by depth", "ratio": {"p50": 3}}, {**timed[0], "ratio": None}]
-    (tmp_path / "cpu-2000-01-01.json").write_text(json.dumps({"rows": timed + other}))
     growth = {"plain": 2**21, "x, y": 3 * 2**20}
     rows = [{"method": name, "depth": d, "bytes": size * d} for name, size in growth.items() for d in (1, 2, 4)]
-    (tmp_path / "cpu-2000-01-02-memory.json").write_text(json.dumps({"rows": rows}))
+    old = [{**row, "ratio": {"p50": 7}} for row in timed]
+    for name, day, document in (
+        ("a", 2, {"schema": 2, "rows": timed + other}),
+        ("b", 1, {"schema": 2, "rows": old}),
+        ("memory", 3, {"rows": rows}),
+    ):
+        (tmp_path / f"cpu-{name}.json").write_text(json.dumps({**document, "machine": {"date": f"2000-01-0{day}"}}))
     found = measured.figures(tmp_path)
     a, b, block, share = "mlp_8.a -->", "mlp_8.b -->", "x_y.block -->", "x_y.to_plain -->"
-    text = f"| <!-- steps.{a} | 1<!-- steps.{b} (?<!-- memory.{block} <!-- memory.{share}"
-    wanted = f"| 9.99<!-- steps.{a} | 10.0<!-- steps.{b} (3.0<!-- memory.{block} 1.50<!-- memory.{share}"
+    text = f"| <!-- penalty.{a} | 1<!-- penalty.{b} (?<!-- memory.{block} <!-- memory.{share}"
+    wanted = f"| 9.99<!-- penalty.{a} | 10.0<!-- penalty.{b} (3.0<!-- memory.{block} 1.50<!-- memory.{share}"
     assert measured.current(text, found) == wanted
 
 

@@ -72,8 +72,8 @@ FEW_NORMS = ("plain_norms", "micro_norms", "sequential_norms", "functorch_norms"
 
 GROUPS: dict[str, tuple[Group, ...]] = {
     "cpu": (
-        Group("norms", ("mlp",), (8,), named=COMPILED_NORMS, quick=True, memory=True),
-        Group("norms", ("gpt",), (8,), quick=True, memory=True),
+        Group("norms", ("mlp",), (8,), named=COMPILED_NORMS, quick=True),
+        Group("norms", ("gpt",), (8,), quick=True),
         Group("norms", ("resnet", "resnet18-bn"), (8,)),
         Group("norms", ("resnet18-gn", "vit-tiny"), (8,), only=FEW_NORMS),
         Group("penalty", ("mlp",), (8,), quick=True, memory=True),
@@ -81,9 +81,11 @@ GROUPS: dict[str, tuple[Group, ...]] = {
         Group("penalty", ("gpt",), (8,), named=COMPILED, quick=True, memory=True),
         Group("penalty", ("resnet", "resnet18-gn"), (8,), memory=True),
         Group("penalty", ("resnet18-bn", "vit-tiny"), (8,)),
+        Group("penalty", ("resnet",), (32,)),
         *(Group(part, ("mlp",), (8,), quick=True) for part in ("fisher", "regularizers", "monitor", "sam")),
         *(Group(part, ("gpt",), (8,)) for part in ("fisher", "regularizers", "monitor", "sam", "hvp")),
-        *(Group(part, ("resnet",), (8,)) for part in ("monitor", "sam")),
+        Group("monitor", ("resnet", "mlp2048"), (8,)),
+        Group("sam", ("resnet", "mlp2048"), (16,)),
         Group("hvp", ("mlp",), (8,), named=("hvp_compiled",), quick=True),
         Group("scale", ("gpt",), (8,), memory=True),
     ),
