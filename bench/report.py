@@ -24,7 +24,7 @@ RESULTS = ROOT / "bench" / "results"
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures" / "benchmarks"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-IN_README = ("norms", "penalty", "sam")
+IN_README = ("penalty", "sam")
 
 HEAD = """# Benchmarks
 
