@@ -29,7 +29,8 @@ IN_README = ("penalty", "sam")
 HEAD = """# Benchmarks
 
 What an explicit regularizer costs, in plain steps (forward, loss, backward) of the same round; a smaller number is
-better. Losses are listed first. `python bench/report.py --docs` writes this page from `bench/results`.
+better. Losses are listed first, and why they are in the [notes](../bench/NOTES.md#the-suite). `python bench/report.py
+--docs` writes this page from `bench/results`.
 
 ## How it was measured
 
